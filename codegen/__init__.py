@@ -1,0 +1,3 @@
+"""From an `AttentionSpec` to a kernel. Knows no FX."""
+
+assert __name__ == "flashfuse.codegen", "import flashfuse.codegen, not the bare folder: tables must exist once"

@@ -1,0 +1,110 @@
+"""Buffers for the gradients of captures and their way from kernel partials to the captures' own shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flashfuse.codegen.score_functions import CaptureGradients
+from flashfuse.errors import InternalError
+from flashfuse.ir.attention_spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashfuse.codegen.launch import Call
+
+_sorted: dict[str, CaptureGradients] = {}
+
+
+def gradient_classes(spec: AttentionSpec) -> CaptureGradients:
+    """`CaptureGradients.of`, remembered."""
+    if spec.key not in _sorted:
+        _sorted[spec.key] = CaptureGradients.of(spec)
+    return _sorted[spec.key]
+
+
+class CaptureBuffers:
+    """`row_partial` `[captures, B, H, M]` and `column_partial` `[captures, B, H, N]` in float32, None where unneeded."""
+
+    def __init__(self, call: Call, wanted: Sequence[int]) -> None:
+        self.call = call
+        self.wanted = wanted
+        self.classes = gradient_classes(call.spec) if wanted else CaptureGradients({}, (), (), ())
+        for capture in wanted:
+            if capture not in self.classes.letters:
+                raise InternalError(f"capture {call.spec.captures[capture].name} can have no gradient")
+        self.row_partial = self._partial(self.classes.row, call.M)
+        self.column_partial = self._partial(self.classes.column, call.N)
+        self._tiles = {c: self._tile_gradient(c) for c in self.classes.tile if c in wanted}
+
+    def _partial(self, captures: tuple[int, ...], length: int) -> Tensor | None:
+        if not set(captures) & set(self.wanted):
+            return None
+        shape = (len(captures), self.call.B, self.call.H, length)
+        return torch.empty(shape, dtype=torch.float32, device=self.call.query.device)
+
+    def _extent(self, letter: str) -> int:
+        return {"b": self.call.B, "h": self.call.H, "m": self.call.M, "n": self.call.N, "": 1}[letter]
+
+    def _empty(self, capture: int) -> tuple[Tensor, Tensor]:
+        """The gradient in the capture's own shape, and the view of the elements that are read."""
+        like = self.call.captures[capture]
+        extents = [self._extent(letter) for letter in self.classes.letters[capture]]
+        whole = list(like.shape) == extents
+        make = torch.empty if whole else torch.zeros
+        full = make(like.shape, dtype=like.dtype, device=like.device)
+        part = full
+        for dimension, extent in enumerate(extents):
+            part = part.narrow(dimension, 0, extent)
+        return full, part
+
+    def _tile_gradient(self, capture: int) -> tuple[Tensor, Tensor]:
+        """The gradient, and its elements as `[B or 1, H or 1, M, N]`."""
+        full, part = self._empty(capture)
+        return full, _ordered(part, self.classes.letters[capture])
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """Captures that have a kernel launch of their own, with the tensor that it fills."""
+        for capture, (_, view) in self._tiles.items():
+            yield capture, view
+
+    def finished(self) -> list[Tensor]:
+        """The gradients of the wanted captures, in order, once the kernels have run."""
+        return [self._finished(capture) for capture in self.wanted]
+
+    def _finished(self, capture: int) -> Tensor:
+        if capture in self._tiles:
+            return self._tiles[capture][0]
+        row = capture in self.classes.row
+        partials = self.row_partial if row else self.column_partial
+        if partials is None:
+            raise InternalError("a capture's partial sums were not made")
+        partial = partials[(self.classes.row if row else self.classes.column).index(capture)]
+        letters = self.classes.letters[capture]
+        full, part = self._empty(capture)
+        target = _ordered(part, letters)  # [B or 1, H or 1, M or 1, N or 1]
+        own = partial.unsqueeze(3 if row else 2)
+        summed = tuple(d for d, letter in enumerate("bhmn") if letter not in letters and own.shape[d] != 1)
+        target.copy_(own.sum(summed, keepdim=True) if summed else own)
+        return full
+
+
+def _ordered(tensor: Tensor, letters: Sequence[str]) -> Tensor:
+    """A view with the four dimensions b, h, m, n, of size 1 where the tensor lacks one."""
+    named = [dimension for dimension, letter in enumerate(letters) if letter]
+    for dimension in reversed([d for d, letter in enumerate(letters) if not letter]):
+        tensor = tensor.select(dimension, 0)
+    names = [letters[dimension] for dimension in named]
+    order = [letter for letter in "bhmn" if letter in names]
+    tensor = tensor.permute([names.index(letter) for letter in order])
+    for place, letter in enumerate("bhmn"):
+        if letter not in order:
+            tensor = tensor.unsqueeze(place)
+    return tensor
+
+
+def capture_gradients(call: Call, wanted: Sequence[int]) -> CaptureBuffers:
+    """Buffers for the gradients of the wanted captures."""
+    return CaptureBuffers(call, wanted)

@@ -1,0 +1,333 @@
+"""Backward: recompute the probabilities from the row statistics (FlashAttention-2, Algorithm 2), in three kernels.
+
+`flashfuse_delta` prepares the rows, `flashfuse_grad_key_value` owns a block of keys and loops over queries in the
+transposed layout (so that probabilities feed the next product from registers), `flashfuse_grad_query` owns a block of
+queries and loops over keys. No atomics: equal inputs give equal gradients, bit for bit.
+"""
+
+import triton
+import triton.language as tl
+
+from flashfuse.codegen.kernels.plain_score import FACTOR, LEADING_KEYS, SCALE, add_column_sums, add_row_sums, keep, kept_gradient, kept_score, key_range, query_range, score, score_gradient, start_column_sums, start_row_sums, store_column_sums, store_row_sums  # noqa: E501  # SPLICE
+from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, store_tile, with_table
+
+
+@triton.jit
+def flashfuse_delta(
+    out, grad_out, stats, delta, flags,
+    out_b, out_h, out_m, grad_b, grad_h, grad_m, H, M, plane, flag_blocks,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """delta `[B, H, M]` = sum over e of out * grad_out; flags `[B, H, blocks]`: whether a block has low rows."""
+    blocks = tl.cdiv(M, BLOCK_M)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    b_wide = tl.cast(head // H, tl.int64)
+    h_wide = tl.cast(head % H, tl.int64)
+    first = block * BLOCK_M
+    first_wide = tl.cast(first, tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
+    place = tl.cast(head, tl.int64) * M + row
+    o = load_tile(out + b_wide * out_b + h_wide * out_h + first_wide * out_m, out_m, M - first, E, BLOCK_M, E_PAD, True)
+    g = load_tile(
+        grad_out + b_wide * grad_b + h_wide * grad_h + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, True
+    )
+    tl.store(delta + place, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=row < M)
+    if FLAGS:
+        shift = tl.load(stats + plane + place, mask=row < M, other=0.0)
+        tl.store(flags + tl.cast(head, tl.int64) * flag_blocks + block, tl.max((shift != 0.0).to(tl.int32), 0))
+
+
+@triton.jit
+def probability(s, x, lse, shift, SHIFTED: tl.constexpr):
+    """exp(score - shift - lse); `lse` and `shift` broadcast to the tile, `x` is a score in units of SCALE."""
+    if SHIFTED:
+        p = tl.exp2((x * SCALE - shift) * LOG2E - lse * LOG2E)
+    else:
+        p = tl.exp2(x * FACTOR - lse * LOG2E)
+    return p
+
+
+@triton.jit
+def low_probability(x, lse, shift):
+    """The same for a score in natural units: the shift goes first, since such scores overflow when scaled."""
+    return tl.exp2((x - shift) * LOG2E - lse * LOG2E)
+
+
+@triton.jit
+def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
+    """lse, shift and delta of rows; rows that are not `inside` get probability zero."""
+    lse = tl.load(stats + place, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + place, mask=inside, other=0.0)
+    if PLANES == 2:
+        shift = tl.load(stats + plane + place, mask=inside, other=0.0)
+    else:
+        shift = tl.zeros_like(lse)
+    return lse, shift, row_delta
+
+
+@triton.jit
+def descend_keys(
+    acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, rows, start, stop,
+    b, h, m, inside_m, M, N, inputs,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of queries, and row sums of captures' gradients, over key blocks [start, stop).
+
+    WHOLE: the whole program, for the low `rows` only.
+    """
+    for first in tl.range(start, stop, BLOCK_N):
+        column = tl.arange(0, BLOCK_N)[None, :]
+        n = first + column
+        inside_n = n < N if PARTIAL else tl.full([1, BLOCK_N], 1, tl.int1)
+        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, PARTIAL)
+        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, PARTIAL)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if WHOLE:
+            x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            p = low_probability(x, lse[:, None], shift[:, None])
+        else:
+            x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            p = probability(s, x, lse[:, None], shift[:, None], SHIFTED)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dx = p * (dp - row_delta[:, None])
+        kept = inside_n
+        if WHOLE:
+            kept = inside_n & rows[:, None]
+            ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
+        else:
+            if HAS_MASK and PARTIAL:
+                kept = inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
+            ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        if PARTIAL:
+            ds = tl.where(kept, ds, 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        if SUMS:
+            sums = add_row_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE)
+    return acc, sums
+
+
+@triton.jit
+def flashfuse_grad_query(
+    query, key, value, grad_out, stats, delta, table, grad_query, partial, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+    dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,)."""
+    blocks = tl.cdiv(M, BLOCK_M)
+    head = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b = head // H
+    h = head % H
+    b_wide = tl.cast(b, tl.int64)
+    h_wide = tl.cast(h, tl.int64)
+    g_wide = tl.cast(h // GROUP, tl.int64)
+    first_wide = tl.cast(first, tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < M
+    m = row[:, None]
+    inside_m = m < M
+    query += b_wide * query_b + h_wide * query_h + first_wide * query_m
+    key += b_wide * key_b + g_wide * key_g
+    value += b_wide * value_b + g_wide * value_g
+    grad_out += b_wide * grad_b + h_wide * grad_h + first_wide * grad_m
+    grad_query += b_wide * dq_b + h_wide * dq_h + first_wide * dq_m
+    place = tl.cast(head, tl.int64) * M + row
+    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
+    do = load_tile(grad_out, grad_m, M - first, E, BLOCK_M, E_PAD, True)
+    lse, shift, row_delta = load_rows(stats, delta, place, plane, inside, PLANES)
+    low = shift != 0.0
+    LOW_ROWS: tl.constexpr = PLANES == 2 and HAS_MASK
+    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
+    if LOW_ROWS:  # the main loops give them probability zero
+        main_lse = tl.where(low, float("inf"), lse)
+        main_delta = tl.where(low, 0.0, row_delta)
+    else:
+        main_lse = lse
+        main_delta = row_delta
+
+    lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+    if TABLE_ROWS > 0:
+        table += b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
+        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table)
+    lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    sums = start_row_sums(BLOCK_M)
+    if LEADING_KEYS or TABLE_ROWS > 0:
+        acc, sums = descend_keys(
+            acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, lo, full_lo,
+            b, h, m, inside_m, M, N, inputs,
+            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, SUMS, PRECISION,
+        )  # fmt: skip
+    acc, sums = descend_keys(
+        acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, full_lo, full_hi,
+        b, h, m, inside_m, M, N, inputs,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, False, SHIFTED, False, SUMS, PRECISION,
+    )  # fmt: skip
+    if not EVEN:
+        acc, sums = descend_keys(
+            acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, full_hi, hi,
+            b, h, m, inside_m, M, N, inputs,
+            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, SUMS, PRECISION,
+        )  # fmt: skip
+    if LOW_ROWS:
+        if tl.max(low.to(tl.int32), 0) > 0:
+            acc, sums = descend_keys(
+                acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, low, 0, N,
+                b, h, m, inside_m, M, N, inputs,
+                D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, True, True, SUMS, PRECISION,
+            )  # fmt: skip
+    store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
+    if SUMS:
+        store_row_sums(sums, partial + place, plane, inside)
+
+
+@triton.jit
+def descend_queries(
+    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, place, plane, lo, hi, full_lo, full_hi,
+    b, h, n, inside_n, M, N, inputs,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
+
+    One loop with a branch, not three: registers decide here. EVEN: every block is full.
+    """
+    for first in tl.range(lo, hi, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        m = row[None, :]
+        inside = tl.full([BLOCK_M], 1, tl.int1) if EVEN else row < M
+        inside_m = tl.full([1, BLOCK_M], 1, tl.int1) if EVEN else m < M
+        partial = (first < full_lo) | (first >= full_hi)
+        first_wide = tl.cast(first, tl.int64)
+        q = load_tile(query + first_wide * query_m, query_m, M - first, D, BLOCK_M, D_PAD, not EVEN)
+        do = load_tile(grad_out + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, not EVEN)
+        lse, shift, row_delta = load_rows(stats, delta, place + row, plane, inside, PLANES)
+        if PLANES == 2 and HAS_MASK:
+            low = shift != 0.0
+            lse = tl.where(low, float("inf"), lse)
+            row_delta = tl.where(low, 0.0, row_delta)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        p = probability(s, x, lse[None, :], shift[None, :], PLANES == 2 and not HAS_MASK)
+        if not EVEN:
+            if partial:
+                p = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dx = p * (dp - row_delta[None, :])
+        ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        if not EVEN:
+            if partial:
+                ds = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if SUMS:
+            kept = inside_m
+            if HAS_MASK:
+                kept = inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
+            sums = add_column_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, False)
+    return dk, dv, sums
+
+
+@triton.jit
+def descend_low_queries(
+    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, place, plane,
+    b, h, n, inside_n, M, N, inputs,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for the low rows among all queries, by the whole program."""
+    for first in tl.range(0, M, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        m = row[None, :]
+        inside_m = m < M
+        lse, shift, row_delta = load_rows(stats, delta, place + row, plane, row < M, 2)
+        low = shift != 0.0
+        if tl.max(low.to(tl.int32), 0) > 0:
+            first_wide = tl.cast(first, tl.int64)
+            q = load_tile(query + first_wide * query_m, query_m, M - first, D, BLOCK_M, D_PAD, True)
+            do = load_tile(grad_out + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, True)
+            kept = low[None, :] & inside_m
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            p = tl.where(kept, low_probability(x, lse[None, :], shift[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dx = p * (dp - tl.where(low, row_delta, 0.0)[None, :])
+            ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
+            ds = tl.where(kept, ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if SUMS:
+                sums = add_column_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, True)
+    return dk, dv, sums
+
+
+@triton.jit
+def flashfuse_grad_key_value(
+    query, key, value, grad_out, stats, delta, flags, table, grad_key, grad_value, partial, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane, flag_blocks,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,)."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    groups = H // GROUP
+    pair = tl.program_id(0) // blocks
+    first = tl.program_id(0) % blocks * BLOCK_N
+    b = pair // groups
+    g = pair % groups
+    b_wide = tl.cast(b, tl.int64)
+    g_wide = tl.cast(g, tl.int64)
+    first_wide = tl.cast(first, tl.int64)
+    column = first + tl.arange(0, BLOCK_N)
+    inside = column < N
+    n = column[:, None]
+    inside_n = n < N
+    key += b_wide * key_b + g_wide * key_g + first_wide * key_n
+    value += b_wide * value_b + g_wide * value_g + first_wide * value_n
+    grad_key += b_wide * dk_b + g_wide * dk_g + first_wide * dk_n
+    grad_value += b_wide * dv_b + g_wide * dv_g + first_wide * dv_n
+    k = load_tile(key, key_n, N - first, D, BLOCK_N, D_PAD, True)
+    v = load_tile(value, value_n, N - first, E, BLOCK_N, E_PAD, True)
+    dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    dv = tl.zeros([BLOCK_N, E_PAD], tl.float32)
+    last = tl.minimum(first + BLOCK_N, N) - 1
+    for member in tl.range(0, GROUP):
+        h = g * GROUP + member
+        h_wide = tl.cast(h, tl.int64)
+        head = b_wide * H + h
+        q_head = query + b_wide * query_b + h_wide * query_h
+        do_head = grad_out + b_wide * grad_b + h_wide * grad_h
+        sums = start_column_sums(BLOCK_N)
+        lo, hi, full_lo, full_hi = query_range(first, last, b, h, M, N, inputs)
+        if TABLE_ROWS > 0:
+            place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
+            lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
+        lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_M)
+        dk, dv, sums = descend_queries(
+            dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats, delta, head * M, plane, lo, hi, full_lo, full_hi,
+            b, h, n, inside_n, M, N, inputs,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, PLANES, EVEN, SUMS, PRECISION,
+        )  # fmt: skip
+        if PLANES == 2 and HAS_MASK:
+            low = tl.zeros([64], tl.int32)
+            for start in tl.range(0, flag_blocks, 64):
+                flag = start + tl.arange(0, 64)
+                low |= tl.load(flags + head * flag_blocks + flag, mask=flag < flag_blocks, other=0)
+            if tl.max(low, 0) > 0:
+                dk, dv, sums = descend_low_queries(
+                    dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats, delta, head * M, plane,
+                    b, h, n, inside_n, M, N, inputs, D, E, D_PAD, E_PAD, BLOCK_M, SUMS, PRECISION,
+                )  # fmt: skip
+        if SUMS:
+            store_column_sums(sums, partial + head * N + column, sum_plane, inside)
+    store_tile(grad_key, dk_n, dk * SCALE, inside, D, BLOCK_N, D_PAD)
+    store_tile(grad_value, dv_n, dv, inside, E, BLOCK_N, E_PAD)

@@ -1,0 +1,147 @@
+"""Forward: one program for a block of queries of one head, walking over the keys that its mask can keep.
+
+FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the accumulator a block, one division at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from flashfuse.codegen.kernels.plain_score import FACTOR, LEADING_KEYS, SCALE, keep, kept_score, key_range, score  # SPLICE
+from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, store_tile, with_table
+
+
+@triton.jit
+def attend(
+    acc, total, top, q, key, key_n, value, value_n, start, stop, b, h, m, inside_m, M, N, inputs,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to key blocks [start, stop): the accumulator, the sum of exponentials and the largest score so far.
+
+    PARTIAL: elements may be masked or beyond the last key. WHOLE: the scores of the whole program, nothing masked.
+    SHIFTED: subtract the maximum before any scaling, as scores near the smallest float need it.
+    """
+    for first in tl.range(start, stop, BLOCK_N):
+        column = tl.arange(0, BLOCK_N)[None, :]
+        n = first + column
+        inside_n = n < N if PARTIAL else tl.full([1, BLOCK_N], 1, tl.int1)
+        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, PARTIAL)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if WHOLE:
+            x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            unit: tl.constexpr = LOG2E
+        else:
+            x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            unit: tl.constexpr = FACTOR
+        if PARTIAL:
+            if HAS_MASK and not WHOLE:
+                x = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
+            else:
+                x = tl.where(inside_n, x, float("-inf"))
+        higher = tl.maximum(top, tl.max(x, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        if SHIFTED:
+            p = tl.exp2((x - finite[:, None]) * unit)
+        else:
+            p = tl.exp2(x * unit - (finite * unit)[:, None])
+        shrink = tl.exp2((top - finite) * unit)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, PARTIAL)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = higher
+    return acc, total, top
+
+
+@triton.jit
+def flashfuse_forward(
+    query, key, value, out, stats, table, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
+    table_b, table_h, H, GROUP, M, N, plane,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
+
+    TABLE_ROWS: how many queries a row of the range table stands for; 0 without a table. EVEN: no mask, only whole blocks of keys.
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    head = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # later queries see more keys: start them first
+    b = head // H
+    h = head % H
+    b_wide = tl.cast(b, tl.int64)
+    h_wide = tl.cast(h, tl.int64)
+    g_wide = tl.cast(h // GROUP, tl.int64)
+    first_wide = tl.cast(first, tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
+    m = row[:, None]
+    inside_m = m < M
+    query += b_wide * query_b + h_wide * query_h + first_wide * query_m
+    key += b_wide * key_b + g_wide * key_g
+    value += b_wide * value_b + g_wide * value_g
+    out += b_wide * out_b + h_wide * out_h + first_wide * out_m
+    stats += tl.cast(head, tl.int64) * M + row
+    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
+
+    lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+    if TABLE_ROWS > 0:
+        place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
+        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
+    lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, E_PAD], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
+    if LEADING_KEYS or TABLE_ROWS > 0:
+        acc, total, top = attend(
+            acc, total, top, q, key, key_n, value, value_n, lo, full_lo, b, h, m, inside_m, M, N, inputs,
+            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, PRECISION,
+        )  # fmt: skip
+    acc, total, top = attend(
+        acc, total, top, q, key, key_n, value, value_n, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, False, SHIFTED, False, PRECISION,
+    )  # fmt: skip
+    if not EVEN:
+        acc, total, top = attend(
+            acc, total, top, q, key, key_n, value, value_n, full_hi, hi, b, h, m, inside_m, M, N, inputs,
+            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, PRECISION,
+        )  # fmt: skip
+
+    top = top * SCALE
+    inside = row < M
+    if PLANES == 1:
+        if EMPTY_ZERO:
+            empty = total == 0.0
+            acc = acc / tl.where(empty, 1.0, total)[:, None]
+            sums = tl.where(empty, float("inf"), top + tl.log(total))
+        else:
+            acc = acc / total[:, None]
+            sums = top + tl.log(total)
+        store_tile(out, out_m, acc, inside, E, BLOCK_M, E_PAD)
+        tl.store(stats, sums, mask=inside)
+    else:
+        low = ((top > LOW_SCORE) == 0) | (total != total)
+        if HAS_MASK:
+            ordinary = inside & (low == 0)
+            low = inside & low
+            store_tile(out, out_m, acc / total[:, None], ordinary, E, BLOCK_M, E_PAD)
+            tl.store(stats, top + tl.log(total), mask=ordinary)
+            tl.store(stats + plane, 0.0, mask=ordinary)
+            if tl.max(low.to(tl.int32), 0) > 0:
+                acc, total, top = attend(
+                    tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
+                    tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, 0, N,
+                    b, h, m, inside_m, M, N, inputs,
+                    D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, True, True, PRECISION,
+                )  # fmt: skip
+                store_tile(out, out_m, acc / total[:, None], low, E, BLOCK_M, E_PAD)
+                tl.store(stats, tl.log(total), mask=low)
+                tl.store(stats + plane, tl.where(total != total, total, top), mask=low)
+        else:
+            store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
+            tl.store(stats, tl.where(low, 0.0, top) + tl.log(total), mask=inside)
+            tl.store(stats + plane, tl.where(total != total, total, tl.where(low, top, 0.0)), mask=inside)

@@ -1,0 +1,268 @@
+"""Forward and backward of a spec on the Triton kernels: allocation, grids and strides. The only place that calls them.
+
+Works on CUDA tensors, and on CPU tensors in Triton's interpreter when TRITON_INTERPRET=1 was set before import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from flashfuse.codegen.capture_gradients import capture_gradients
+from flashfuse.codegen.load import kernel_module
+from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
+from flashfuse.codegen.range_tables import RangeTables
+from flashfuse.errors import InternalError
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DELTA_BLOCK = 64
+
+_chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan fits, where it is not the first
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why these tensors cannot run on the Triton kernels, or None if they can."""
+    if not query.is_cuda and not (query.device.type == "cpu" and interpreting()):
+        return f"tensors are on {query.device.type}, kernels run on cuda"
+    if query.is_cuda and torch.version.hip is not None:
+        return "kernels are written for NVIDIA devices"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "kernels need compute capability 8.0"
+    if query.dtype is not key.dtype:
+        return f"query is {query.dtype}, key is {key.dtype}"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}"
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            return f"{name} has head dim {tensor.shape[-1]}, kernels take 1 to {MAX_HEAD_DIM}"
+    return None
+
+
+def forward(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    out: Tensor,
+) -> Tensor:
+    """Fill `out` `[B, H, M, E]` (any strides) and return the row statistics `[planes, B, H, M]` in float32."""
+    call = Call(spec, query, key, value, captures, sizes)
+    stats = torch.empty((spec.planes, call.B, call.H, call.M), dtype=torch.float32, device=query.device)
+    if stats.numel() == 0:
+        return stats
+    if call.N == 0:
+        out.zero_()
+        return stats.fill_(float("inf"))
+    with call.device():
+        target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+        call.launch("forward", lambda tile: _forward(call, tile, target, stats))
+        if target is not out:
+            out.copy_(target)
+    return stats
+
+
+def backward(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of query, key, value and of each capture that `needs` names, in order."""
+    call = Call(spec, query, key, value, captures, sizes)
+    call.grad_out = _last_contiguous(grad_out.to(value.dtype))
+    call.stats = stats
+    wanted = [number for number, needed in enumerate(needs) if needed]
+    if stats.numel() == 0 or call.N == 0:
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)] + [
+            torch.zeros(captures[c].shape, dtype=captures[c].dtype, device=captures[c].device) for c in wanted
+        ]
+    with call.device():
+        call.delta = torch.empty_like(stats[0])
+        blocks = -(-call.M // _DELTA_BLOCK)
+        call.flags = torch.empty((call.B, call.H, blocks), dtype=torch.int32, device=query.device)
+        _delta(call, _last_contiguous(out))
+        gradients = capture_gradients(call, wanted)
+        grad_query = torch.empty((call.B, call.H, call.M, call.D), dtype=query.dtype, device=query.device)
+        grad_key = torch.empty((call.B, call.G, call.N, call.D), dtype=key.dtype, device=query.device)
+        grad_value = torch.empty((call.B, call.G, call.N, call.E), dtype=value.dtype, device=query.device)
+        call.launch(
+            "grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial)
+        )
+        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial))
+        for capture, grad in gradients.tiles():
+            call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
+        return [grad_query, grad_key, grad_value, *gradients.finished()]
+
+
+class Call:
+    """One call's tensors, made fit for the kernels, and what all its launches share."""
+
+    grad_out: Tensor
+    stats: Tensor
+    delta: Tensor
+    flags: Tensor
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> None:
+        self.spec = spec
+        self.query, self.key, self.value = (_last_contiguous(tensor) for tensor in (query, key, value))
+        self.captures = captures
+        self.B, self.H, self.M, self.D = query.shape
+        self.G, self.N, self.E = value.shape[1], value.shape[2], value.shape[3]
+        if self.G and self.H % self.G:
+            raise InternalError(f"{self.H} query heads over {self.G} key heads")
+        half = query.element_size() == 2
+        self.module: ModuleType = kernel_module(spec, fast_tanh=half and not interpreting())
+        self.inputs = kernel_inputs(captures, sizes, query.device)
+        self.padded = (_padded(self.D), _padded(self.E))
+        self.masked = spec.split.keep is not None
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" and not _tf32_allowed() else "tf32"
+        self.constants = {
+            "D": self.D, "E": self.E, "D_PAD": self.padded[0], "E_PAD": self.padded[1],
+            "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": precision,
+        }  # fmt: skip
+        self.tables = RangeTables(self)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """H, heads in a group, M, N: as the kernels take them."""
+        return self.H, self.H // self.G, self.M, self.N
+
+    @property
+    def plane(self) -> int:
+        """Elements of one plane of the row statistics."""
+        return self.B * self.H * self.M
+
+    def device(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the tensors' device the current one."""
+        return torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
+
+    def strides(self, *tensors: Tensor) -> tuple[int, ...]:
+        """The three leading strides of each."""
+        return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+    def launch(self, kernel: str, attempt: Callable[[Tile], None]) -> None:
+        """Run `attempt` with the first tile of the plan whose kernel fits the device."""
+        capability = torch.cuda.get_device_capability(self.query.device) if self.query.is_cuda else None
+        itemsize = max(self.query.element_size(), self.value.element_size())
+        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded))
+        tiles: tuple[Tile, ...] = getattr(plan, kernel)
+        identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
+        for number in range(_chosen.get(identity, 0), len(tiles)):
+            try:
+                attempt(tiles[number])
+            except OutOfResources:
+                if number + 1 == len(tiles):
+                    raise
+                _chosen[identity] = number + 1
+                continue
+            return
+
+
+def kernel_inputs(captures: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> tuple[Any, ...]:
+    """The `inputs` tuple (see `score_text.InputLayout`): pointer and strides of each capture, then sizes."""
+    inputs: list[Any] = []
+    for capture in captures:
+        placed = capture if capture.device == device else capture.to(device)
+        inputs.append(placed.view(torch.int8) if placed.dtype is torch.bool else placed)
+        inputs.extend(placed.stride())
+    return (*inputs, *sizes)
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _tf32_allowed() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor) -> None:
+    table = call.tables.of_queries(tile)
+    call.module.flashfuse_forward[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+        call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
+        *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
+        TABLE_ROWS=table.rows, EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, **call.constants, **_options(tile),
+    )  # fmt: skip
+
+
+def _delta(call: Call, out: Tensor) -> None:
+    blocks = _blocks(call.M, _DELTA_BLOCK)
+    call.module.flashfuse_delta[(blocks * call.B * call.H,)](
+        out, call.grad_out, call.stats, call.delta, call.flags,
+        *call.strides(out, call.grad_out), call.H, call.M, call.plane, blocks,
+        E=call.E, E_PAD=call.padded[1], BLOCK_M=_DELTA_BLOCK, FLAGS=call.spec.planes == 2, num_warps=4,
+    )  # fmt: skip
+
+
+def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None) -> None:
+    table = call.tables.of_queries(tile)
+    call.module.flashfuse_grad_query[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor, grad,
+        call.delta if partial is None else partial, call.inputs,
+        *call.strides(call.query, call.key, call.value, call.grad_out, grad), *table.strides, *call.shape, call.plane,
+        TABLE_ROWS=table.rows, SUMS=partial is not None, **call.constants, **_options(tile),
+    )  # fmt: skip
+
+
+def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> None:
+    table = call.tables.of_keys(tile)
+    call.module.flashfuse_grad_key_value[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags, table.tensor,
+        grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
+        *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
+        *call.shape, call.plane, call.B * call.H * call.N, call.flags.shape[-1],
+        TABLE_ROWS=table.rows, SUMS=partial is not None, **call.constants, **_options(tile),
+    )  # fmt: skip
+
+
+def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> None:
+    """`grad` is `[B or 1, H or 1, M, N]`."""
+    kept_b, kept_h = grad.shape[0], grad.shape[1]
+    tiles = _blocks(call.M, tile.block_m) * _blocks(call.N, tile.block_n)
+    call.module.flashfuse_grad_capture[(tiles * kept_b * kept_h,)](
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
+        *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
+        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, **call.constants, **_options(tile),
+    )  # fmt: skip

@@ -1,0 +1,267 @@
+"""The generated half of a kernel module: every function that `kernels/plain_score.py` stands in for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
+from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
+from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.ranges import Bounded, Certainty, Ranges
+from flashfuse.ir.score_ops import Kind
+from flashfuse.ir.score_program import ScoreProgram, Statement
+
+_AT = "b, h, m, n, inside_m, inside_n, M, N, inputs"
+
+
+@dataclass(frozen=True)
+class CaptureGradients:
+    """Which captures' gradients are made where. `letters[c]` names the index of each dimension ("" for none)."""
+
+    letters: dict[int, tuple[str, ...]]
+    row: tuple[int, ...]  # summed over keys, in the dq kernel
+    column: tuple[int, ...]  # summed over queries, in the dkdv kernel
+    tile: tuple[int, ...]  # an element for each query and key
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> CaptureGradients:
+        """Sort the captures that can have a gradient by the letters that their elements depend on."""
+        letters: dict[int, tuple[str, ...]] = {}
+        for number, capture in enumerate(spec.captures):
+            found = plain_load_letters(spec, number) if capture.kind is Kind.FLOAT else None
+            if found is not None:
+                letters[number] = found
+        tile = tuple(c for c, found in letters.items() if {"m", "n"} <= set(found))
+        column = tuple(c for c, found in letters.items() if c not in tile and "n" in found)
+        row = tuple(c for c in letters if c not in tile and c not in column)
+        return cls(letters, row, column, tile)
+
+
+def folded_scale(program: ScoreProgram) -> float | None:
+    """c if the program is the raw score times a positive constant c, else None."""
+    scale = 1.0
+    statement = program.statements[program.result]
+    while statement.op in ("mul", "div"):
+        operands = [program.statements[operand] for operand in statement.operands]
+        if statement.op == "mul" and operands[0].op == "const":
+            operands.reverse()
+        if operands[1].op != "const":
+            return None
+        factor = float(operands[1].attribute)  # type: ignore[arg-type]
+        scale = scale * factor if statement.op == "mul" else scale / factor if factor else math.inf
+        statement = operands[0]
+    return scale if statement.op == "score" and 1e-20 < scale < 1e20 else None
+
+
+def splice_text(spec: AttentionSpec) -> str:
+    """All generated constants and functions of a spec, in the order of `plain_score.py`."""
+    return "\n\n\n".join(_Writer(spec).parts()) + "\n"
+
+
+class _Writer:
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+        self.layout = InputLayout.of(spec.captures)
+        self.gradients = CaptureGradients.of(spec)
+        # without a mask, rows may lie so low that scores must not be scaled before their maximum is taken off
+        can_fold = spec.planes == 1 or spec.split.keep is not None
+        self.scale = folded_scale(spec.split.kept) if can_fold else None
+
+    def parts(self) -> list[str]:
+        """The text blocks."""
+        return [
+            self.constants(), *self.scores(), *self.raw_gradients(), *self.ranges(),
+            *self.sums("row", self.gradients.row), *self.sums("column", self.gradients.column),
+            self.tile_gradient(), *self.bounds(), self.certainty(),
+        ]  # fmt: skip
+
+    def constants(self) -> str:
+        scale = 1.0 if self.scale is None else self.scale
+        leading_keys = _has_leading(self.spec.key_ranges)
+        leading_queries = _has_leading(self.spec.query_ranges)
+        return "\n".join(
+            [
+                f"SCALE = tl.constexpr({scale!r})  # natural units in a unit of what `kept_score` returns",
+                f"FACTOR = tl.constexpr({scale * math.log2(math.e)!r})  # SCALE * log2(e)",
+                f"LEADING_KEYS = tl.constexpr({leading_keys})  # whether `key_range` can have a partial run before the full one",
+                f"LEADING_QUERIES = tl.constexpr({leading_queries})  # the same of `query_range`",
+            ]
+        )
+
+    def function(self, name: str, parameters: str, program: ScoreProgram, purpose: str) -> str:
+        """A function over tiles that returns the program's only result in the shape of `s`."""
+        text = ScoreText(program, self.layout)
+        result = text.results()[0]
+        whole_tile = len(index_letters(program, program.results[0])) == 4
+        if "s" in parameters.split(", ") and not whole_tile:
+            result = f"like({result}, s)"
+        return function_text(name, parameters, text.lines, result, purpose)
+
+    def scores(self) -> list[str]:
+        split = self.spec.split
+        score = self.function("score", f"s, {_AT}", self.spec.score, "The final score, masks and all, in natural units.")
+        purpose = "The final score of an element that the mask keeps, in units of SCALE."
+        if self.scale is None:
+            kept = self.function("kept_score", f"s, {_AT}", split.kept, purpose)
+        else:
+            kept = function_text("kept_score", f"s, {_AT}", [], "s", purpose)
+        purpose = "Whether the mask keeps an element."
+        if split.keep is None:
+            keep = function_text("keep", _AT, [], "inside_m & inside_n", purpose)
+        else:
+            keep = self.function("keep", _AT, split.keep, purpose)
+        return [score, kept, keep]
+
+    def raw_gradients(self) -> list[str]:
+        whole = self.spec.derivative().program
+        purpose = "Gradient of the raw score from that of `score`."
+        parts = [self.function("score_gradient", f"s, grad, {_AT}", _first_result(whole), purpose)]
+        purpose = "Gradient of the raw score from that of `kept_score`, in units of 1 / SCALE."
+        if self.scale is None:
+            kept = _first_result(self.spec.derivative(kept=True).program)
+            parts.append(self.function("kept_gradient", f"s, grad, {_AT}", kept, purpose))
+        else:
+            parts.append(function_text("kept_gradient", f"s, grad, {_AT}", [], "grad", purpose))
+        return parts
+
+    def ranges(self) -> list[str]:
+        parameters = "first, last, b, h, M, N, inputs"
+        parts = []
+        for name, found, length, purpose in (
+            ("key_range", self.spec.key_ranges, "N", "Keys of queries first..last: possible [lo, hi), certain [full_lo, full_hi)."),
+            ("query_range", self.spec.query_ranges, "M", "The same with queries and keys exchanged."),
+        ):
+            if found is None:
+                parts.append(function_text(name, parameters, [], f"0, {length}, 0, {length}", purpose))
+                continue
+            text = ScoreText(found.program, self.layout, lambda leaf: ("first", "last")[int(leaf.attribute)])  # type: ignore[arg-type]
+            ends = ", ".join(r if r in ("0", length) else f"bound({r}, {length})" for r in text.results())
+            parts.append(function_text(name, parameters, text.lines, ends, purpose))
+        return parts
+
+    def capture_gradients(self, wanted: Sequence[int], *, kept: bool) -> tuple[ScoreText, dict[int, str]]:
+        """Statements for the gradients of the elements of captures, and what each is called."""
+        derivative = self.spec.derivative(tuple(wanted), kept=kept)
+        numbers: dict[int, int] = {}
+        for (capture, _), result in zip(derivative.loads, derivative.program.results[1:], strict=True):
+            numbers.setdefault(capture, result)
+        program = _with_results(derivative.program, tuple(numbers.values()))
+        text = ScoreText(program, self.layout)
+        return text, dict(zip(numbers, text.results(), strict=True))
+
+    def sums(self, side: str, wanted: tuple[int, ...]) -> list[str]:
+        zeros = ", ".join(["tl.zeros([BLOCK], tl.float32)"] * len(wanted))
+        comma = "," if len(wanted) == 1 else ""
+        start = function_text(f"start_{side}_sums", "BLOCK: tl.constexpr", [], f"({zeros}{comma})", "Zeros to add to.")
+        stores = [f"tl.store(partial + {i} * plane, sums[{i}], mask=inside)" for i in range(len(wanted))]
+        store = function_text(
+            f"store_{side}_sums", "sums, partial, plane, inside", stores, "", "Store vector i at `partial + i * plane`."
+        ).rstrip()
+        body: list[str] = []
+        if wanted:
+            for case, kept in (("if WHOLE:", False), ("else:", True)):
+                text, names = self.capture_gradients(wanted, kept=kept)
+                body += [case, *(f"    {line}" for line in text.lines)]
+                for place, capture in enumerate(wanted):
+                    addend = f"tl.sum(tl.where(kept, like({names[capture]}, s), 0.0), 1)" if capture in names else "0.0"
+                    body.append(f"    {self.layout.names[capture]}_sum = sums[{place}] + {addend}")
+        returned = ", ".join(f"{self.layout.names[capture]}_sum" for capture in wanted)
+        add = function_text(
+            f"add_{side}_sums", f"sums, kept, s, grad, {_AT}, WHOLE: tl.constexpr", body,
+            f"({returned}{comma})" if wanted else "sums", "Add the sums over axis 1, where `kept`, of elements' gradients.",
+        )  # fmt: skip
+        return [start, add, store]
+
+    def tile_gradient(self) -> str:
+        body = ["gradient = like(0.0, s)"]
+        for capture in self.gradients.tile:
+            for whole in (True, False):
+                text, names = self.capture_gradients((capture,), kept=not whole)
+                if capture not in names:
+                    continue
+                body.append(f"if CAPTURE == {capture} and {'WHOLE' if whole else 'not WHOLE'}:")
+                body += [*(f"    {line}" for line in text.lines), f"    gradient = like({names[capture]}, s)"]
+        parameters = f"s, grad, {_AT}, CAPTURE: tl.constexpr, WHOLE: tl.constexpr"
+        return function_text("tile_gradient", parameters, body, "gradient", "Gradient of the elements of capture number CAPTURE.")
+
+    def bounds(self) -> list[str]:
+        parts = []
+        for letter, side in (("m", "query"), ("n", "key")):
+            body: list[str] = []
+            vectors = bounded_vectors(self.spec.certainty, letter)
+            keep = self.spec.split.keep
+            if vectors and keep is not None:
+                numbers = tuple(keep.statements.index(vector) for vector in vectors)
+                text = ScoreText(_with_results(keep, numbers), self.layout)
+                body += text.lines
+                for place, (vector, name) in enumerate(zip(vectors, text.results(), strict=True)):
+                    kind = "float" if vector.kind is Kind.FLOAT else "int"
+                    body.append(f"tl.store(bounds + {2 * place} * plane, lowest_{kind}({name}, inside_{letter}))")
+                    body.append(f"tl.store(bounds + {2 * place + 1} * plane, highest_{kind}({name}, inside_{letter}))")
+            purpose = f"Store the smallest and largest value of vector i in a block along {letter} at plane 2 i and 2 i + 1."
+            parameters = f"bounds, plane, b, h, {letter}, inside_{letter}, M, N, inputs"
+            parts.append(function_text(f"store_{side}_bounds", parameters, body, "", purpose).rstrip())
+        return parts
+
+    def certainty(self) -> str:
+        certainty = self.spec.certainty
+        parameters = "queries, query_plane, keys, key_plane, inside, b, h, M, N, inputs"
+        purpose = "(certain, possible): whether all, and whether any, of a block of queries and keys are kept."
+        if certainty is None:
+            return function_text("block_certainty", parameters, [], "inside, inside", purpose)
+        loads: list[str] = []
+        names: list[str] = []
+        for number, bounded in enumerate(certainty.inputs):
+            side = ("queries", "query_plane") if bounded.letter == "m" else ("keys", "key_plane")
+            place = 2 * bounded_vectors(certainty, bounded.letter).index(bounded.statement) + bounded.high
+            load = f"tl.load({side[0]} + {place} * {side[1]}, mask=inside, other=0)"
+            decode = {Kind.FLOAT: f"from_bits({load})", Kind.BOOL: f"{load} != 0", Kind.INT: load}[bounded.statement.kind]
+            names.append(f"{_bound_name(bounded, self.layout)}_{number}")
+            loads.append(f"{names[-1]} = {decode}")
+        text = ScoreText(certainty.program, self.layout, lambda leaf: names[int(leaf.attribute)])  # type: ignore[arg-type]
+        certain, possible = (f"like({name}, inside)" for name in text.results())
+        return function_text("block_certainty", parameters, [*loads, *text.lines], f"{certain}, {possible}", purpose)
+
+
+def _bound_name(bounded: Bounded, layout: InputLayout) -> str:
+    statement = bounded.statement
+    name = layout.names[int(statement.attribute)] if statement.op == "load" else bounded.letter  # type: ignore[arg-type]
+    return f"{name}_{'high' if bounded.high else 'low'}"
+
+
+def bounded_vectors(certainty: Certainty | None, letter: str) -> tuple[Statement, ...]:
+    """The distinct vectors along m or n whose block bounds a certainty program reads."""
+    inputs = () if certainty is None else certainty.inputs
+    return tuple(dict.fromkeys(bounded.statement for bounded in inputs if bounded.letter == letter))
+
+
+def _has_leading(found: Ranges | None) -> bool:
+    """Whether a partial run can come before the full one: not if both begin at the constant 0."""
+    if found is None:
+        return False
+    program = found.program
+    starts = [program.statements[program.results[i]] for i in (0, 2)]
+    return not all(start.op == "const" and start.attribute == 0 for start in starts)
+
+
+def _with_results(program: ScoreProgram, results: tuple[int, ...]) -> ScoreProgram:
+    """The program of some statements, without those that they do not need."""
+    needed: set[int] = set()
+    stack = list(results)
+    while stack:
+        number = stack.pop()
+        if number not in needed:
+            needed.add(number)
+            stack.extend(program.statements[number].operands)
+    renumber = {old: new for new, old in enumerate(sorted(needed))}
+    statements = tuple(
+        Statement(s.op, tuple(renumber[o] for o in s.operands), s.kind, s.attribute, s.source)
+        for s in (program.statements[old] for old in sorted(needed))
+    )
+    return ScoreProgram(statements, tuple(renumber[result] for result in results))
+
+
+def _first_result(program: ScoreProgram) -> ScoreProgram:
+    return _with_results(program, program.results[:1])

@@ -1,0 +1,226 @@
+"""The backend: captured graph -> normal form -> matches -> rewritten graph -> inner compiler.
+
+`torch.compile(model, backend="flashfuse")` arrives here through the entry point `torch_dynamo_backends`; no import of
+flashfuse is needed. Whatever goes wrong inside flashfuse ends in the graph that the inner compiler would have got anyway
+and one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashfuse.errors import StrictError
+from flashfuse.options import Options, parse
+from flashfuse.patterns.attention import Match
+from flashfuse.patterns.normal_form import NormalForm, is_opaque, normalise
+from flashfuse.patterns.search import Site, find_attention, refusal
+from flashfuse.records import GraphRecord, SiteRecord, publish
+from flashfuse.refusal import Refusal, Refused
+from flashfuse.rewrite import Rewriter
+
+log = logging.getLogger("flashfuse")
+
+
+def flashfuse(
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a captured graph. The signature is that of a torch.compile backend.
+
+    Raises OptionError for options that do not exist, and with `strict` StrictError where an attention is left alone.
+    """
+    chosen = parse(options, mode)
+    result = fuse(module, chosen)
+    if chosen.strict:
+        _insist(result.record)
+    return compile_inner(result.module, example_inputs, chosen)
+
+
+# ------------------------------------------------------------------------------------------------ the pipeline
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The graph to hand on (the same object if nothing changed), its record, and whether it writes its inputs."""
+
+    module: fx.GraphModule
+    record: GraphRecord
+    writes_inputs: bool
+
+
+def fuse(module: fx.GraphModule, options: Options) -> Fused:
+    """Replace every attention of a captured graph and of its sub-graphs. Never raises for what it finds there."""
+    result = _fuse(module, options)
+    _count(result.record)
+    publish(result.record)
+    return result
+
+
+def _fuse(module: fx.GraphModule, options: Options) -> Fused:
+    inner = {node: _fuse_subgraphs(module, node, options) for node in module.graph.nodes if is_opaque(node)}
+    nested = tuple(site for subs in inner.values() for sub in subs.values() for site in sub.record.sites)
+    writers = {node for node, subs in inner.items() if not subs or any(sub.writes_inputs for sub in subs.values())}
+    try:
+        form, sites = read(module, options, writers)
+    except Exception as error:
+        log.info("graph could not be read", exc_info=True)
+        failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if _may_hold_attention(module):
+            warn(f"a graph could not be read ({failure}) and is compiled without flashfuse")
+        return Fused(_with_subgraphs(module, inner), GraphRecord(nested, failure), writes_inputs=True)
+    rewritten, records = rewrite(module, form, sites, options)
+    whole = _with_subgraphs(rewritten, inner)
+    return Fused(whole, GraphRecord((*records, *nested)), writes_inputs=bool(form.written_inputs))
+
+
+def read(module: fx.GraphModule, options: Options, writers: set[fx.Node]) -> tuple[NormalForm, list[Site]]:
+    """Normal form and sites of one graph."""
+    form = normalise(module, writes_of=lambda node: node in writers)
+    return form, find_attention(form.graph, requires_grad=lambda node: _requires_grad(form, node), sdpa=options.sdpa)
+
+
+def rewrite(
+    module: fx.GraphModule, form: NormalForm, sites: list[Site], options: Options
+) -> tuple[fx.GraphModule, list[SiteRecord]]:
+    """Replace the matches; fence the refused from Inductor's own matcher. The same module if nothing changed."""
+    if not sites:
+        return module, []
+    from flashfuse import attention_op
+
+    rewriter = Rewriter(module, form)
+    records = [_replace(rewriter, site) for site in sites]
+    unsafe = [s for s, r in zip(sites, records, strict=True) if r.refusal is not None and not _is_safe(r.refusal)]
+    if unsafe and options.inner == "inductor" and attention_op.register_fence_lowering():
+        for site in unsafe:
+            rewriter.fence(site.anchor)
+    return (rewriter.finish() if rewriter.changed else module), records
+
+
+def _replace(rewriter: Rewriter, site: Site) -> SiteRecord:
+    found = site.found
+    if isinstance(found, Match):
+        try:
+            rewriter.replace(found)
+            return _fused_record(site, found)
+        except Refused as refused:
+            found = refusal(site.anchor, refused)
+    return SiteRecord(str(site.anchor), site.where, refusal=found)
+
+
+def _fused_record(site: Site, match: Match) -> SiteRecord:
+    dims = tuple((letter, str(size)) for letter, size in match.dims.items())
+    dtype = str(match.query.cast or match.query.node.meta["val"].dtype).removeprefix("torch.")
+    return SiteRecord(str(site.anchor), site.where, dims, dtype, spec=match.spec)
+
+
+def _is_safe(found: Refusal) -> bool:
+    return found.safe_for_inductor or found.code == "FF103" or found.code == "FF102"
+
+
+def _requires_grad(form: NormalForm, node: fx.Node) -> bool:
+    """Whether a value of the normal form needs a gradient, by the captured values that it comes from."""
+    if not torch.is_grad_enabled():
+        return False
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        origins = form.origins.get(current, [])
+        held = [o.node.meta.get("example_value") for o in origins if not o.path]
+        known = [value for value in held if isinstance(value, torch.Tensor)]
+        if known:
+            if any(value.requires_grad for value in known):
+                return True
+            continue
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ sub-graphs
+
+
+def _fuse_subgraphs(module: fx.GraphModule, node: fx.Node, options: Options) -> dict[str, Fused]:
+    """Sub-graphs of a higher-order operator, each fused by itself."""
+    found = {}
+    for argument in node.all_input_nodes:
+        if argument.op != "get_attr":
+            continue
+        sub = getattr(module, str(argument.target), None)
+        if isinstance(sub, fx.GraphModule):
+            found[str(argument.target)] = _fuse(sub, options)
+    return found
+
+
+def _with_subgraphs(module: fx.GraphModule, inner: dict[fx.Node, dict[str, Fused]]) -> fx.GraphModule:
+    changed = {
+        name: sub.module
+        for subs in inner.values()
+        for name, sub in subs.items()
+        if sub.module is not getattr(module, name)
+    }
+    if not changed:
+        return module
+    copy = fx.GraphModule(module, module.graph)
+    for name, sub in changed.items():
+        setattr(copy, name, sub)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------ outcome
+
+
+def _count(record: GraphRecord) -> None:
+    counters = torch._dynamo.utils.counters["flashfuse"]
+    for site in record.sites:
+        if site.refusal is not None and site.refusal.code == "FF101":
+            counters["not_attention"] += 1
+            continue
+        counters["fused" if site.fused else "refused"] += 1
+        log.info("%s %s", "fused" if site.fused else "left alone", site.where or site.anchor)
+        log.debug("%s", site.spec.score.pretty() if site.spec else site.refusal)
+
+
+def _insist(record: GraphRecord) -> None:
+    left = [s.refusal for s in record.sites if s.refusal is not None and s.refusal.code not in ("FF101", "FF102")]
+    if record.failure or left:
+        raise StrictError("strict: " + (record.failure or "; ".join(str(each) for each in left)))
+
+
+def _may_hold_attention(module: fx.GraphModule) -> bool:
+    return any("softmax" in str(node.target) or "attention" in str(node.target) for node in module.graph.nodes)
+
+
+def warn(message: str) -> None:
+    """One clear warning, shown once for one message."""
+    warnings.warn(f"flashfuse: {message}", stacklevel=3)
+
+
+def compile_inner(module: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+    """Hand the graph to the inner compiler, with torch.compile's mode and Inductor's options."""
+    if callable(options.inner):
+        return options.inner(module, example_inputs)
+    if options.inner == "eager":
+        return module.forward
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler = lookup_backend(options.inner)
+    if options.inner != "inductor":
+        return compiler(module, example_inputs)
+    patches = dict(options.inductor)
+    if options.mode not in (None, "default"):
+        from torch._inductor import list_mode_options
+
+        patches = {**list_mode_options(options.mode), **patches}
+    return compiler(module, example_inputs, config_patches=patches or None)

@@ -1,0 +1,1 @@
+"""What attention *is*: score programs, masks, and the specification. Knows neither FX nor Triton."""

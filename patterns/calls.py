@@ -1,0 +1,68 @@
+"""One ATen call with its arguments bound to the schema's names, and the check that a row accounts for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashfuse.refusal import Refused
+
+# Arguments that say where or how a result is stored, never what it is.
+_STORAGE = frozenset({"memory_format", "layout", "device", "pin_memory", "non_blocking", "copy"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node's bound arguments: `call["dim"]`. Missing ones have the schema's default."""
+
+    node: fx.Node
+    arguments: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+
+def bind(node: fx.Node, reads: tuple[str, ...]) -> Call:
+    """Bind a node's arguments; refuse (FF402) if one that the row does not read differs from its default."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    arguments: dict[str, Any] = {}
+    for place, argument in enumerate(schema.arguments):
+        given = place < len(node.args) and not argument.kwarg_only
+        default = argument.default_value if argument.has_default_value() else None
+        value = node.args[place] if given else node.kwargs.get(argument.name, default)
+        arguments[argument.name] = value
+        if argument.name in reads or argument.name in _STORAGE or value == default:
+            continue
+        raise Refused("FF402", node, f"{schema.name} with {argument.name}={value!r}")
+    return Call(node, arguments)
+
+
+def value_of(x: Any) -> Any:
+    """The fake value of a node, or the thing itself."""
+    return x.meta.get("val") if isinstance(x, fx.Node) else x
+
+
+def shape(x: Any) -> tuple[Any, ...]:
+    """The shape of a node's tensor."""
+    return tuple(value_of(x).shape)
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether x is a node that holds one tensor."""
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def static_sizes(x: Any) -> Any:
+    """A list of sizes with nodes replaced by the (symbolic) integers that they hold."""
+    return [value_of(item) for item in x]
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    """A dimension counted from the front."""
+    return dim + rank if dim < 0 else dim

@@ -1,0 +1,343 @@
+"""The score cone: everything between the product query @ key^T and the softmax, lifted into a score program.
+
+`Lifter.lift(node, index)` gives one element of a node as a value of the program. Nodes that carry the score must have a
+row. Side values (masks, biases, scales) are lifted as long as they depend on both the query and the key position, so
+that no M x N tensor is needed for what the graph computes from smaller things; what remains is captured as a tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashfuse.ir.mask import MASK_FILL
+from flashfuse.ir.score_ops import Kind
+from flashfuse.ir.score_program import LEAVES, Builder, ScoreProgram, Value
+from flashfuse.patterns import axes
+from flashfuse.patterns.axes import Axis, Dim, Index, refined
+from flashfuse.patterns.calls import Call, bind, shape, value_of
+from flashfuse.patterns.spellings import CREATIONS, ROWS
+from flashfuse.refusal import Refused
+
+
+@dataclass
+class Positions:
+    """Where every axis lies in the canonical (b, h, m, n): letter -> axes, major first."""
+
+    groups: dict[str, tuple[Axis, ...]]
+
+    def letters(self, dim: Dim) -> set[str]:
+        """The canonical letters that a dimension runs over; a computed one counts as both m and n."""
+        if isinstance(dim, Value):
+            return {"m", "n"}
+        return {letter for letter, axes_ in self.groups.items() for axis in refined(dim) if axis in refined(axes_)}
+
+
+@dataclass
+class Lifter:
+    """Builds one score program. `captures` are the side tensors that it reads, `sizes` the symbolic integers."""
+
+    positions: Positions
+    product: fx.Node
+    carriers: frozenset[fx.Node]
+    score: Any = None  # gives the value of the product's element; set by the caller
+    builder: Builder = field(default_factory=Builder)
+    captures: list[fx.Node] = field(default_factory=list)
+    sizes: list[torch.SymInt] = field(default_factory=list)
+    dropout: fx.Node | None = None
+    _known: dict[tuple[fx.Node, Any], Value] = field(default_factory=dict)
+    _data: dict[fx.Node, bool] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------ elements
+
+    def lift(self, node: fx.Node, index: Index) -> Value:
+        """The element `node[index]`. Raises Refused at the node that has no meaning."""
+        key = (node, tuple(dim.number if isinstance(dim, Value) else refined(dim) for dim in index))
+        if key not in self._known:
+            before, self.builder.source = self.builder.source, user_line(node)
+            self._known[key] = self._lift_new(node, index)
+            self.builder.source = before
+        return self._known[key]
+
+    def _lift_new(self, node: fx.Node, index: Index) -> Value:
+        if node is self.product:
+            return self.score(index)  # type: ignore[no-any-return]
+        if node in self.carriers:
+            return self._by_row(node, index)
+        marks = len(self.captures), len(self.sizes)
+        try:
+            lifted = self._by_row(node, index)
+            if self._spans_both(node, index) or _is_mask(lifted) or _is_plain_load(lifted):
+                return lifted
+        except (Refused, axes.LayoutError):
+            log.debug("%s is captured: it cannot be lifted", node)
+        del self.captures[marks[0] :], self.sizes[marks[1] :]
+        self._known = {k: v for k, v in self._known.items() if not self._reads_beyond(v, marks)}
+        return self._capture(node, index)
+
+    def _reads_beyond(self, value: Value, marks: tuple[int, int]) -> bool:
+        stack, seen = [value.number], set()
+        while stack:
+            number = stack.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            statement = self.builder.statements[number]
+            if statement.op == "load" and int(statement.attribute) >= marks[0]:  # type: ignore[arg-type]
+                return True
+            if statement.op == "size" and int(statement.attribute) >= marks[1]:  # type: ignore[arg-type]
+                return True
+            stack.extend(statement.operands)
+        return False
+
+    def _by_row(self, node: fx.Node, index: Index) -> Value:
+        row = ROWS.get(node.target)
+        if row is None:
+            raise Refused("FF401", node, describe(node))
+        call = bind(node, row.reads)
+        if row.lift is not None:
+            return row.lift(self, call, index)
+        assert row.index is not None
+        return self.lift(call["self"], row.index(self, call, index))
+
+    def _spans_both(self, node: fx.Node, index: Index) -> bool:
+        """Whether a node depends on both the query and the key position, or on no data at all."""
+        if not self.depends_on_data(node):
+            return True
+        letters = set().union(*(self.positions.letters(dim) for dim in index), set())
+        return {"m", "n"} <= letters
+
+    def depends_on_data(self, node: fx.Node) -> bool:
+        """Whether a node's elements depend on anything but positions, sizes and numbers."""
+        if node not in self._data:
+            row = ROWS.get(node.target)
+            if row is None:
+                self._data[node] = isinstance(node.meta.get("val"), torch.Tensor)
+            elif node.target in CREATIONS:
+                self._data[node] = False
+            else:
+                self._data[node] = any(self.depends_on_data(argument) for argument in node.all_input_nodes)
+        return self._data[node]
+
+    def _capture(self, node: fx.Node, index: Index) -> Value:
+        val = value_of(node)
+        if not isinstance(val, torch.Tensor) or val.is_complex():
+            raise Refused("FF401", node, f"{describe(node)} is no real tensor")
+        node, index = _behind_views(node, index)
+        if node not in self.captures:
+            self.captures.append(node)
+        operands = [self.position(dim) for dim in index]
+        return self.builder.leaf("load", self.captures.index(node), self.kind(node), operands)
+
+    # ------------------------------------------------------------------------------------------ for rows
+
+    def operand(self, x: Any, index: Index) -> Value:
+        """An operand of an elementwise call: a tensor (broadcast to the index), a number, or a symbolic number."""
+        if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor):
+            return self.lift(x, axes.broadcast(index, shape(x)))
+        number = value_of(x)
+        if isinstance(number, (bool, int, float)):
+            return self.builder.const(number)
+        if isinstance(number, torch.SymInt):
+            return self.size(number)
+        if isinstance(number, torch.SymFloat) and isinstance(x, fx.Node):
+            return self._capture_scalar(x)
+        raise Refused("FF402", x, f"operand {number!r} of type {type(number).__name__}")
+
+    def _capture_scalar(self, node: fx.Node) -> Value:
+        if node not in self.captures:
+            self.captures.append(node)
+        return self.builder.leaf("load", self.captures.index(node), Kind.FLOAT)
+
+    def kind(self, node: fx.Node) -> Kind:
+        """The kind of a node's elements."""
+        val = value_of(node)
+        if isinstance(val, torch.SymFloat):
+            return Kind.FLOAT
+        dtype = val.dtype
+        if dtype.is_floating_point:
+            return Kind.FLOAT
+        return Kind.BOOL if dtype is torch.bool else Kind.INT
+
+    def as_kind(self, value: Value, kind: Kind) -> Value:
+        """The value as torch's type promotion turns it into another kind."""
+        if value.kind is kind:
+            return value
+        if value.constant is not None:
+            return self.builder.const(value.constant, kind)
+        if value.kind is Kind.BOOL:
+            return self.builder.op("where", value, self.builder.const(1, kind), self.builder.const(0, kind))
+        return self.builder.op({Kind.FLOAT: "to_float", Kind.INT: "to_int", Kind.BOOL: "to_bool"}[kind], value)
+
+    def as_bool(self, value: Value) -> Value:
+        return self.as_kind(value, Kind.BOOL)
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """A float after conversion to a float dtype. Kernels keep float32; only constants feel the conversion.
+
+        (finfo(float32).min becomes -inf in bfloat16, which turns a row without keys from a mean into NaN.)
+        """
+        if not dtype.is_floating_point or value.kind is not Kind.FLOAT:
+            return value
+        if value.constant is not None:
+            return self.builder.const(float(torch.tensor(value.constant, dtype=torch.float64).to(dtype).item()))
+        if value.statement.op == "where":
+            condition, a, b = value.operands
+            return self.builder.op("where", condition, self.cast(a, dtype), self.cast(b, dtype))
+        return value
+
+    def size(self, number: Any) -> Value:
+        """An integer known at compile time or at call time."""
+        number = value_of(number)
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise Refused("FF402", self.product, f"{number!r} where an integer is needed")
+        if isinstance(number, int):
+            return self.builder.const(number)
+        if number.node.maybe_as_int() is not None:
+            return self.builder.const(int(number.node.maybe_as_int()))
+        for place, known in enumerate(self.sizes):
+            if known.node.expr == number.node.expr:
+                return self.builder.leaf("size", place)
+        self.sizes.append(number)
+        return self.builder.leaf("size", len(self.sizes) - 1)
+
+    def constant_position(self, number: Any) -> Value:
+        return self.size(number)
+
+    def position(self, dim: Dim) -> Value:
+        """The integer position that a dimension stands for, from the canonical indices."""
+        if isinstance(dim, Value):
+            return dim
+        total: Value | None = None
+        for axis in refined(dim):
+            own = self._axis_position(axis)
+            total = own if total is None else total * self.size(axis.size) + own
+        return self.builder.const(0) if total is None else total
+
+    def _axis_position(self, axis: Axis) -> Value:
+        for letter, group in self.positions.groups.items():
+            whole = refined(group)
+            if axis not in whole:
+                continue
+            place = whole.index(axis)
+            value = self.builder.leaf("index", letter)
+            below = axes.product([other.size for other in whole[place + 1 :]])
+            if not axes.is_one(below):
+                value = self.builder.op("floordiv", value, self.size(below))
+            if place > 0:
+                value = self.builder.op("mod", value, self.size(axis.size))
+            return value
+        raise Refused("FF204", self.product, f"an axis of size {axis.size} that is no axis of the scores")
+
+    def computed(self, index: Index) -> Index:
+        """The index with every axis turned into its computed position."""
+        return tuple(dim if isinstance(dim, Value) or not refined(dim) else self.position(dim) for dim in index)
+
+    def never_negative(self, value: Value) -> bool:
+        """Whether an integer is certainly not negative (so that it is no index from the end)."""
+        statement = value.statement
+        if statement.op in ("index", "length", "size"):
+            return True
+        if statement.op == "const":
+            return int(statement.attribute) >= 0  # type: ignore[arg-type]
+        return statement.op in ("add", "mul", "floordiv", "mod") and all(map(self.never_negative, value.operands))
+
+    def check_dropout(self, call: Call) -> None:
+        """Note dropout that is on: the attention is understood all the same, see FF406."""
+        if call["train"] and call["p"] != 0.0:
+            self.dropout = call.node
+
+
+log = logging.getLogger("flashfuse")
+
+
+def _behind_views(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    """The tensor that a view shows, with its own index, so that two views of one tensor are one capture."""
+    while True:
+        row = ROWS.get(node.target)
+        if row is None or row.index is None or any(isinstance(dim, Value) for dim in index):
+            return node, index
+        try:
+            call = bind(node, row.reads)
+            inner = row.index(None, call, index)
+        except (Refused, axes.LayoutError):
+            return node, index
+        node, index = call["self"], inner
+
+
+def _is_mask(value: Value) -> bool:
+    """Whether a vector is worth lifting: a choice with a masking fill, or logic over smaller predicates."""
+    if value.kind is Kind.BOOL:
+        return value.statement.op in ("and", "or", "xor", "not") or _bounds_positions(value)
+    if value.statement.op != "where":
+        return False
+    fills = [branch.constant for branch in value.operands[1:]]
+    return any(fill is not None and fill <= MASK_FILL for fill in fills)
+
+
+def _bounds_positions(value: Value) -> bool:
+    """Whether a predicate reads data by batch and head only, like `n < lengths[b]`: then it has a closed form."""
+    if value.statement.op == "load":
+        return all(
+            operand.statement.op == "const" or operand.statement.attribute in ("b", "h") for operand in value.operands
+        )
+    return all(_bounds_positions(operand) for operand in value.operands)
+
+
+def _is_plain_load(value: Value) -> bool:
+    """Whether a value is an element of a tensor at the canonical indices themselves."""
+    plain = all(operand.statement.op in ("index", "const") for operand in value.operands)
+    return value.statement.op == "load" and plain
+
+
+def describe(node: fx.Node) -> str:
+    """What a node calls, as the ATen name."""
+    return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+
+
+def user_line(node: fx.Node) -> str:
+    """`file.py:41` of the user's code that made a node, or an empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    places = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not places:
+        return ""
+    parts = places[-1].split(", ")
+    name = parts[0].removeprefix('File "').rstrip('"').replace("\\", "/").rsplit("/", 1)[-1]
+    return f"{name}:{parts[1].removeprefix('line ')}"
+
+
+def folded(program: ScoreProgram) -> ScoreProgram:
+    """The program with its scales collected (`(s * a) / b` is `s * (a / b)`, rounded once) and zeros no longer added."""
+    builder = Builder()
+    values: list[Value] = []
+    for statement in program.statements:
+        builder.source = statement.source
+        operands = [values[operand] for operand in statement.operands]
+        if statement.op in ("mul", "div") and statement.kind is Kind.FLOAT:
+            values.append(_scaled(builder, statement.op, *operands))
+        elif statement.op == "add" and statement.kind is Kind.FLOAT and operands[1].constant == 0.0:
+            values.append(operands[0])
+        elif statement.op in LEAVES:
+            values.append(builder.leaf(statement.op, statement.attribute, statement.kind, operands))
+        else:
+            values.append(builder.op(statement.op, *operands))
+    return builder.program(*(values[result] for result in program.results))
+
+
+def _scaled(builder: Builder, op: str, a: Value, b: Value) -> Value:
+    if op == "mul" and a.constant is not None:
+        a, b = b, a
+    factor = b.constant
+    if factor is None or (op == "div" and factor == 0):
+        return builder.op(op, a, b)
+    scale = float(factor) if op == "mul" else 1.0 / float(factor)
+    if not math.isfinite(scale):
+        return builder.op(op, a, b)
+    if a.statement.op == "mul" and a.operands[1].constant is not None:
+        scale, a = scale * float(a.operands[1].constant), a.operands[0]  # type: ignore[arg-type]
+    return a if scale == 1.0 else builder.op("mul", a, scale)

@@ -1,0 +1,82 @@
+"""Every softmax of a graph as a `Match` or a `Refusal`: none is passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from flashfuse.patterns.attention import SOFTMAX, Match, read_softmax
+from flashfuse.patterns.axes import LayoutError
+from flashfuse.patterns.calls import is_tensor
+from flashfuse.patterns.contraction import is_product
+from flashfuse.patterns.score_cone import describe, user_line
+from flashfuse.patterns.sdpa import SDPA, read_sdpa
+from flashfuse.refusal import Refusal, Refused
+
+aten = torch.ops.aten
+_OPAQUE = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One softmax: its node in the normal form, the user's line, and what was found."""
+
+    anchor: fx.Node
+    where: str
+    found: Match | Refusal
+
+
+def find_attention(
+    graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool], sdpa: str = "auto"
+) -> list[Site]:
+    """Read every softmax, SDPA call and opaque attention call of a normal form, in graph order.
+
+    `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
+    """
+    sites = []
+    for node in graph.nodes:
+        if node.op != "call_function" or not (node.target in SOFTMAX or node.target in _OPAQUE or node.target is SDPA):
+            continue
+        sites.append(Site(node, user_line(node), _read(node, requires_grad, sdpa)))
+    return sites
+
+
+def _read(node: fx.Node, requires_grad: Callable[[fx.Node], bool], sdpa: str) -> Match | Refusal:
+    try:
+        if node.target in _OPAQUE:
+            raise Refused("FF103", node, describe(node))
+        if node.target is SDPA and sdpa == "never":
+            raise Refused("FF102", node, 'options={"sdpa": "never"}')
+        if node.target is SDPA:
+            return read_sdpa(node, requires_grad, always=sdpa == "always")
+        return read_softmax(node, requires_grad)
+    except Refused as refused:
+        return refusal(node, refused)
+    except LayoutError as error:
+        return refusal(node, Refused("FF204", node, str(error)))
+
+
+def refusal(anchor: fx.Node, refused: Refused) -> Refusal:
+    """The record of a refusal, with the line of the node where the walk stopped (or else the softmax's)."""
+    stopped = refused.node if isinstance(refused.node, fx.Node) else anchor
+    return Refusal(
+        refused.code, str(anchor), str(refused.node), refused.found,
+        where=user_line(stopped) or user_line(anchor),
+        reached=_reached(anchor, stopped), safe_for_inductor=refused.safe_for_inductor,
+    )  # fmt: skip
+
+
+def _reached(anchor: fx.Node, stopped: fx.Node) -> tuple[str, ...]:
+    """The ATen names on the way up from the softmax, at most to the product; shorter if the walk stopped on the way."""
+    way: list[str] = []
+    node: fx.Node | None = anchor
+    while node is not None and node.op == "call_function" and len(way) < 12:
+        way.append(describe(node).removeprefix("aten."))
+        if node is stopped or is_product(node):
+            break
+        tensors = [argument for argument in node.all_input_nodes if is_tensor(argument)]
+        node = tensors[0] if tensors else None
+    return tuple(way)

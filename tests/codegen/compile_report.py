@@ -1,0 +1,139 @@
+"""Compile a spec's kernels for a device that need not be there, and say what ptxas made of them.
+
+Run as a script in a process without TRITON_INTERPRET: `python compile_report.py sm_90 fp16 128 causal [kernel]`.
+Prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashfuse.codegen.load import kernel_module
+from flashfuse.codegen.plan import Tile, kernel_plan
+from flashfuse.codegen.range_tables import tells_something
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+from flashfuse.ir.score_ops import Kind
+
+sys.path.insert(0, str(Path(__file__).parent))
+from specs import LOWEST, Program
+
+KERNELS = {
+    "forward": "flashfuse_forward",
+    "grad_query": "flashfuse_grad_query",
+    "grad_key_value": "flashfuse_grad_key_value",
+    "grad_capture": "flashfuse_grad_capture",
+}
+_POINTERS = {"stats": "*fp32", "delta": "*fp32", "partial": "*fp32", "flags": "*i32", "table": "*i32", "grad": "*fp32"}
+_TYPES = {Kind.FLOAT: "*fp32", Kind.INT: "*i64", Kind.BOOL: "*i8"}
+
+
+def named_spec(name: str) -> AttentionSpec:
+    """A few specs by name."""
+    p = Program()
+    scaled = p.s * 0.125
+    never = float("-inf")
+    if name == "plain":
+        return p.spec(scaled, EmptyRows.IMPOSSIBLE)
+    if name == "causal":
+        return p.spec(p.masked(p.n <= p.m, scaled, never), EmptyRows.IMPOSSIBLE)
+    if name == "causal_low":
+        return p.spec(p.masked(p.n <= p.m, scaled, LOWEST))
+    if name == "window":
+        return p.spec(p.masked((p.n <= p.m) & (p.m - p.n < 256), scaled, never), EmptyRows.IMPOSSIBLE)
+    if name == "softcap":
+        capped = (p.s * 0.02).apply("tanh", p.s * 0.02) * 50.0
+        return p.spec(p.masked(p.n <= p.m, capped, never), EmptyRows.IMPOSSIBLE)
+    if name == "alibi":
+        slope = p.capture("slopes", Kind.FLOAT, p.h)
+        distance = (p.n - p.m).apply("to_float", p.n - p.m)
+        return p.spec(p.masked(p.n <= p.m, scaled + slope * distance, never), EmptyRows.IMPOSSIBLE)
+    if name == "bias":
+        return p.spec(scaled + p.capture("bias", Kind.FLOAT, p.zero, p.h, p.m, p.n), EmptyRows.IMPOSSIBLE)
+    if name == "documents":
+        d = p.declare("document", Kind.INT, 2)
+        return p.spec(p.masked(p.load(d, p.b, p.m).eq(p.load(d, p.b, p.n)), scaled, never), EmptyRows.IMPOSSIBLE)
+    raise ValueError(name)
+
+
+def compile_kernel(
+    spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, tile: Tile | None = None, even: bool = False
+) -> dict[str, object]:
+    """Registers, spills, shared memory and advisories of one kernel in its default tile."""
+    itemsize = 4 if dtype == "fp32" else 2
+    tile = tile or getattr(kernel_plan(divmod(target, 10), itemsize, head_dim), kernel)[0]
+    module = kernel_module(spec, fast_tanh=itemsize == 2)
+    function = getattr(module, KERNELS[kernel])
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    constants = {
+        "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "TABLE_ROWS": (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tells_something(spec) else 0,
+        "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
+        "SUMS": False, "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
+    }  # fmt: skip
+    inputs: list[str] = []
+    for capture in spec.captures:
+        inputs += [_TYPES[capture.kind], *["i32"] * capture.rank]
+    signature: dict[str, object] = {}
+    for name in function.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "inputs":
+            signature[name] = tuple(inputs)
+        elif name in _POINTERS:
+            signature[name] = _POINTERS[name]
+        elif name in ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "i32"
+    aligned = [["tt.divisibility", 16]]
+    unaligned = {"H", "GROUP", "kept_h", "summed_b", "summed_h", "flag_blocks"}
+    attributes = {
+        (place,): aligned
+        for place, name in enumerate(function.arg_names)
+        if signature[name] != "constexpr" and name != "inputs" and name not in unaligned
+    }
+    place = function.arg_names.index("inputs")
+    attributes.update({(place, i): aligned for i in range(len(inputs))})
+    source = ASTSource(
+        function, signature, {n: v for n, v in constants.items() if n in function.arg_names}, attributes
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return {"kernel": kernel, "tile": str(tile), "shared": compiled.metadata.shared, **_assembled(compiled.asm["ptx"], target)}
+
+
+def _assembled(ptx: str, target: int) -> dict[str, object]:
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        arch = f"sm_{target}a" if target == 90 else f"sm_{target}"
+        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
+    advisories = sorted(set(re.findall(r"C75\d\d", done.stderr)))
+    if "-v" in sys.argv: print(done.stderr)
+    return {"registers": max(registers), "spill": max(spills), "advisories": advisories, "wgmma": ptx.count("wgmma.mma_async")}
+
+
+def main() -> None:
+    target, dtype, head_dim, name = int(sys.argv[1].removeprefix("sm_")), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    kernels = [a for a in sys.argv[5:] if a != "-v"] or ["forward", "grad_query", "grad_key_value"]
+    for kernel in kernels:
+        kernel, *numbers = kernel.split(":")
+        tile = Tile(*(int(n) for n in numbers[0].split(","))) if numbers else None
+        print(json.dumps({"spec": name, **compile_kernel(named_spec(name), kernel, target, dtype, head_dim, tile)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Default kernels compiled for sm_80 and sm_90 without a GPU: PTX comes out, and ptxas neither spills nor complains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_report.py"
+MAX_SPILL = 64  # bytes a thread
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim", "spec", "kernels"),
+    [
+        ("sm_90", "fp16", 64, "causal", ()),
+        ("sm_90", "fp16", 128, "causal", ()),
+        ("sm_80", "fp16", 64, "causal", ()),
+        ("sm_80", "fp16", 128, "causal", ("forward", "grad_query")),
+        ("sm_90", "bf16", 128, "plain", ("forward",)),
+        ("sm_90", "bf16", 64, "softcap", ("forward",)),
+        ("sm_90", "bf16", 64, "causal_low", ("forward",)),
+        ("sm_90", "bf16", 64, "documents", ("forward",)),
+        ("sm_90", "bf16", 64, "bias", ("grad_capture",)),
+        ("sm_90", "fp32", 64, "causal", ("forward",)),
+    ],
+)
+def test_compiles_without_spills(
+    target: str, dtype: str, head_dim: int, spec: str, kernels: tuple[str, ...], tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    command = [sys.executable, str(SCRIPT), target, dtype, str(head_dim), spec, *kernels]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == (len(kernels) or 3)
+    for report in reports:
+        assert report["spill"] <= MAX_SPILL, report
+        assert not report["advisories"], report
+        assert report["wgmma"] > 0 or target != "sm_90" or dtype == "fp32", report

@@ -1,0 +1,81 @@
+"""The kernels on a GPU: error at most twice that of eager code in the same precision, both against float64.
+
+Run by `pytest -m gpu tests/codegen/test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+from specs import Case, Inputs, dense_attention, make_inputs
+from test_kernels import run_kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+BIG = {  # the same attentions over several tiles of the default plans
+    "plain": (2, 2, 2, 333, 333, 64, 64), "plain_gqa": (2, 4, 2, 260, 515, 128, 128), "plain_d80": (1, 2, 2, 180, 340, 80, 80),
+    "causal": (1, 2, 2, 700, 700, 64, 64), "causal_wide": (1, 2, 1, 300, 611, 128, 128),
+    "causal_exact": (1, 2, 1, 300, 611, 128, 128), "causal_end_short": (1, 2, 2, 400, 370, 128, 64),
+    "window": (1, 2, 1, 700, 700, 128, 128), "causal_additive": (1, 2, 1, 512, 512, 256, 256),
+    "softcap": (1, 2, 1, 500, 500, 128, 128), "alibi": (1, 2, 1, 500, 500, 64, 64), "every_other": (1, 2, 2, 300, 300, 192, 192),
+}  # fmt: skip
+
+
+def _enlarged() -> list[Case]:
+    known = {case.name: case for case in CASES}
+    return [dataclasses.replace(known[name], name=f"{name}_big", shape=shape) for name, shape in BIG.items()]
+
+
+def _errors(actual: list[torch.Tensor], reference: list[torch.Tensor]) -> list[float]:
+    differences = []
+    for a, r in zip(actual, reference, strict=True):
+        nan = r.isnan()
+        assert bool((a.isnan() | ~nan).all()), "eager is NaN where the kernel is not"
+        assert bool((nan | ~a.isnan()).all()), "the kernel is NaN where eager is not"
+        differences.append(float((a.double() - r).masked_fill(nan, 0.0).abs().max()) if a.numel() else 0.0)
+    return differences
+
+
+@pytest.fixture(autouse=True)
+def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *_enlarged()], ids=lambda case: case.name)
+def test_within_twice_the_error_of_eager(case: Case, dtype: torch.dtype) -> None:
+    if case.reference is not torch.float64 and dtype is not torch.float32:
+        pytest.skip("what rounding is meant to lose, 16 bits lose otherwise")
+    inputs: Inputs = make_inputs(case, dtype, device="cuda")
+    out, gradients = run_kernels(case, inputs)
+    reference_out, reference_gradients = dense_attention(case, inputs, case.reference)
+    eager_out, eager_gradients = dense_attention(case, inputs, dtype if "LOWEST" not in case.name else torch.float32)
+    reference = [reference_out, *reference_gradients]
+    ours = _errors([out, *gradients], [r.double() for r in reference])
+    eager = [float((e.double() - r.double()).nan_to_num(0.0, 0.0, 0.0).abs().max()) if r.numel() else 0.0
+             for e, r in zip([eager_out, *eager_gradients], reference, strict=True)]  # fmt: skip
+    tiny = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}[dtype]
+    for place, (error, allowed, r) in enumerate(zip(ours, eager, reference, strict=True)):
+        size = float(r.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if r.numel() else 0.0
+        assert error <= 2 * allowed + tiny * max(size, 1.0) * 0.25, f"tensor {place}: {error} against eager's {allowed}"
+
+
+def test_precision_follows_torch() -> None:
+    case = next(c for c in CASES if c.name == "plain")
+    inputs = make_inputs(dataclasses.replace(case, shape=(1, 2, 2, 256, 256, 64, 64)), torch.float32, device="cuda")
+    case = dataclasses.replace(case, shape=(1, 2, 2, 256, 256, 64, 64))
+    reference, _ = dense_attention(case, inputs, torch.float64)
+    exact = float((run_kernels(case, inputs)[0].double() - reference).abs().max())
+    torch.backends.cuda.matmul.allow_tf32 = True
+    fast = float((run_kernels(case, inputs)[0].double() - reference).abs().max())
+    assert exact < 1e-5 < fast < 1e-2

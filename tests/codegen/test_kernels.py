@@ -1,0 +1,86 @@
+"""Forward and backward kernels in Triton's interpreter against dense float64 attention."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashfuse.codegen import launch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES, SMALL
+from specs import Case, Inputs, dense_attention, make_inputs
+
+pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter")
+
+
+def run_kernels(case: Case, inputs: Inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output and gradients by the Triton kernels."""
+    B, H, G, M, N, D, E = case.shape
+    needs = case.needs or (False,) * len(inputs.captures)
+    out = torch.empty(B, M, H, E, dtype=inputs.value.dtype, device=inputs.query.device).transpose(1, 2)
+    tensors = (inputs.query, inputs.key, inputs.value)
+    stats = launch.forward(case.spec, *tensors, inputs.captures, case.sizes, out)
+    assert stats.shape == (case.spec.planes, B, H, M)
+    gradients = launch.backward(
+        case.spec, inputs.grad_out, *tensors, out, stats, inputs.captures, case.sizes, needs
+    )
+    expected = [*tensors, *(c for c, needed in zip(inputs.captures, needs, strict=True) if needed)]
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in expected]
+    return out, gradients
+
+
+def compare(case: Case, inputs: Inputs, rtol: float, atol: float) -> None:
+    out, gradients = run_kernels(case, inputs)
+    expected_out, expected_gradients = dense_attention(case, inputs, case.reference)
+    torch.testing.assert_close(out.double(), expected_out.double(), rtol=rtol, atol=atol, equal_nan=True)
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case: Case) -> None:
+    compare(case, make_inputs(case, torch.float32), 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("causal", "padding_finite", "bias_heads", "softcap")],
+                         ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
+def test_float16(case: Case, value_dtype: torch.dtype) -> None:
+    compare(case, make_inputs(case, torch.float16, value_dtype), 2e-2, 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 0, 5, 16, 16), (2, 2, 2, 5, 0, 16, 16), (0, 2, 2, 5, 5, 16, 16)])
+def test_empty(shape: tuple[int, int, int, int, int, int, int]) -> None:
+    case = Case("empty", next(c for c in CASES if c.name == "causal_exact").spec, lambda s, c, z, i: s, shape=shape)
+    out, gradients = run_kernels(case, make_inputs(case, torch.float32))
+    assert not out.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_same_gradients_twice() -> None:
+    case = next(c for c in CASES if c.name == "plain_gqa")
+    inputs = make_inputs(case, torch.float32)
+    first, second = run_kernels(case, inputs), run_kernels(case, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_output_of_any_strides() -> None:
+    case = next(c for c in CASES if c.name == "causal_exact")
+    inputs = make_inputs(case, torch.float32)
+    B, H, _, M, _, _, E = case.shape
+    out = torch.empty(B, H, E, M).mT
+    launch.forward(case.spec, inputs.query, inputs.key, inputs.value, [], (), out)
+    torch.testing.assert_close(out, run_kernels(case, inputs)[0])
+
+
+def test_unsupported_tensors_say_why() -> None:
+    query = torch.randn(1, 1, 4, 16)
+    assert launch.unsupported(query, query, query) is None
+    assert "torch.float64" in str(launch.unsupported(query.double(), query.double(), query))
+    assert "head dim 300" in str(launch.unsupported(query, query, torch.randn(1, 1, 4, 300)))
+    assert "key is" in str(launch.unsupported(query, query.half(), query))
+    assert SMALL[0] == 2

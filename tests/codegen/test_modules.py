@@ -1,0 +1,88 @@
+"""Emitted modules: what is in them, and how they come to disk and back."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashfuse.codegen import emit, load
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+
+CAUSAL = next(case.spec for case in CASES if case.name == "causal")
+SOFTCAP = next(case.spec for case in CASES if case.name == "softcap")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_text_stands_alone(case) -> None:  # type: ignore[no-untyped-def]
+    tree = ast.parse(emit.module_text(case.spec))
+    imports = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imports == {"triton", "triton.language"}
+    assert not any(isinstance(node, ast.ImportFrom) for node in tree.body)
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert len(names) == len(set(names))
+
+
+def test_text_defines_every_function_that_plain_attention_stands_in_for() -> None:
+    plain = ast.parse((emit.KERNELS / "plain_score.py").read_text())
+    wanted = {node.name: ast.unparse(node.args) for node in plain.body if isinstance(node, ast.FunctionDef)}
+    tree = ast.parse(emit.module_text(CAUSAL))
+    found = {node.name: ast.unparse(node.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_kernel_text_is_the_repositorys() -> None:
+    text = emit.module_text(CAUSAL)
+    kernel = (emit.KERNELS / "forward.py").read_text().split("@triton.jit", 1)[1].strip()
+    assert kernel in text
+
+
+def test_only_generated_functions_know_masks() -> None:
+    text = emit.module_text(CAUSAL)
+    assert "le_1 = n <= m" in text
+    assert 'tl.where(le_1, mul_1, float("-inf"))' in text
+    assert "keeps  n <= m" in text
+
+
+def test_fast_tanh_only_where_tanh_is() -> None:
+    assert "tanh = tanh_approximate" in emit.module_text(SOFTCAP, True)
+    assert "tanh = tanh_approximate" not in emit.module_text(SOFTCAP, False)
+    assert emit.module_text(CAUSAL, True) == emit.module_text(CAUSAL, False)
+
+
+def test_same_module_for_same_spec() -> None:
+    assert load.kernel_module(CAUSAL) is load.kernel_module(CAUSAL, fast_tanh=True)
+
+
+def test_corrupt_file_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path / "new"))
+    text = emit.module_text(CAUSAL)
+    path = load.write_module(text)
+    assert path.parent == tmp_path / "new"
+    assert path.name.startswith("attention_")
+    path.write_text("half a fi")
+    assert load.write_module(text) == path
+    assert path.read_text() == text
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(blocked / "below"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    path = load.write_module(emit.module_text(CAUSAL))
+    assert path.is_relative_to(tmp_path)
+    assert path.read_text() == emit.module_text(CAUSAL)
+
+
+def test_kernel_files_run_on_their_own() -> None:
+    command = "from flashfuse.codegen.kernels import forward, backward, capture_gradient, block_table; print(forward.flashfuse_forward.fn.__name__)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "flashfuse_forward"

@@ -1,0 +1,113 @@
+"""The generated range functions and range tables, by brute force against the predicate: never a key lost or left unmasked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from flashfuse.codegen import launch
+from flashfuse.codegen.load import kernel_module
+from flashfuse.codegen.plan import Tile
+from flashfuse.codegen.range_tables import tells_something
+from flashfuse.ir.score_program import Statement, evaluate
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+from specs import Case, make_inputs
+
+pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter")
+MASKED = [case for case in CASES if case.spec.split.keep is not None]
+TILE = Tile(16, 32, 1, 1)
+
+
+@triton.jit
+def ends(out, function: tl.constexpr, first, last, b, h, M, N, inputs):
+    lo, hi, full_lo, full_hi = function(first, last, b, h, M, N, inputs)
+    tl.store(out, lo)
+    tl.store(out + 1, hi)
+    tl.store(out + 2, full_lo)
+    tl.store(out + 3, full_hi)
+
+
+def kept(case: Case, captures: list[torch.Tensor]) -> torch.Tensor:
+    """The predicate as a dense `[B, H, M, N]` tensor, by `evaluate`."""
+    B, H, _, M, N, _, _ = case.shape
+    index = {letter: torch.arange(size).reshape([-1 if i == place else 1 for i in range(4)])
+             for place, (letter, size) in enumerate(zip("bhmn", (B, H, M, N), strict=True))}  # fmt: skip
+
+    def leaf(statement: Statement, operands: list[object]) -> object:
+        if statement.op == "index":
+            return index[str(statement.attribute)]
+        if statement.op == "length":
+            return torch.tensor({"M": M, "N": N}[str(statement.attribute)])
+        if statement.op == "size":
+            return torch.tensor(case.sizes[int(statement.attribute)])  # type: ignore[arg-type]
+        place = [torch.as_tensor(operand) for operand in operands]
+        return captures[int(statement.attribute)][tuple(place)]  # type: ignore[arg-type]
+
+    assert case.spec.split.keep is not None
+    return torch.as_tensor(evaluate(case.spec.split.keep, leaf)[0]).expand(B, H, M, N)
+
+
+def check(mask: torch.Tensor, found: list[int]) -> None:
+    """`mask` is `[own side, other side]` of one block."""
+    lo, hi, full_lo, full_hi = found
+    assert not mask[:, :lo].any()
+    assert not mask[:, hi:].any()
+    assert mask[:, full_lo : max(full_lo, full_hi)].all()
+    assert 0 <= lo
+    assert hi <= mask.shape[1]
+    assert full_hi <= mask.shape[1]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_closed_forms(case: Case) -> None:
+    inputs = make_inputs(case, torch.float32)
+    B, _, _, M, N, _, _ = case.shape
+    mask = kept(case, inputs.captures)
+    module = kernel_module(case.spec)
+    arguments = launch.kernel_inputs(inputs.captures, case.sizes, torch.device("cpu"))
+    out = torch.empty(4, dtype=torch.int64)
+    for b in range(B):
+        for function, length, plane in (
+            (module.key_range, M, mask[b, 0]), (module.query_range, N, mask[b, 0].T),
+        ):  # fmt: skip
+            for first in range(0, length, 16):
+                last = min(first + 16, length) - 1
+                ends[(1,)](out, function, first, last, b, 0, M, N, arguments)
+                check(plane[first : last + 1], out.tolist())
+
+
+@pytest.mark.parametrize("case", [c for c in MASKED if tells_something(c.spec)], ids=lambda case: case.name)
+def test_tables(case: Case) -> None:
+    inputs = make_inputs(case, torch.float32)
+    mask = kept(case, inputs.captures)
+    call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
+    for table, planes in ((call.tables.of_queries(TILE), mask), (call.tables.of_keys(TILE), mask.transpose(2, 3))):
+        for b in range(table.tensor.shape[0]):
+            for h in range(table.tensor.shape[1]):
+                for block, found in enumerate(table.tensor[b, h].tolist()):
+                    check(planes[b, h, block * table.rows : (block + 1) * table.rows], found)
+
+
+def test_tables_skip_other_documents() -> None:
+    case = next(c for c in CASES if c.name == "documents")
+    inputs = make_inputs(case, torch.float32)
+    inputs.captures[0][:] = torch.arange(75) // 32
+    call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
+    assert call.tables.of_queries(TILE).tensor[0, 0].tolist() == [
+        [0, 32, 0, 32], [0, 32, 0, 32], [32, 64, 32, 64], [32, 64, 32, 64], [64, 75, 64, 75],
+    ]  # fmt: skip
+
+
+def test_causal_ranges_are_sharp() -> None:
+    case = next(c for c in CASES if c.name == "causal")
+    module = kernel_module(case.spec)
+    out = torch.empty(4, dtype=torch.int64)
+    ends[(1,)](out, module.key_range, 32, 47, 0, 0, 75, 75, ())
+    assert out.tolist() == [0, 48, 0, 33]
