@@ -26,7 +26,9 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DELTA_BLOCK = 64
 
-_chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan fits, where it is not the first
+_MAX_SPILLS = 16  # 32-bit registers a thread
+
+_chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan suits
 
 
 def interpreting() -> bool:
@@ -71,7 +73,9 @@ def forward(
         return stats.fill_(float("inf"))
     with call.device():
         target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-        call.launch("forward", lambda tile: _forward(call, tile, target, stats))
+        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
+        if call.low_rows:
+            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
         if target is not out:
             out.copy_(target)
     return stats
@@ -110,7 +114,14 @@ def backward(
         call.launch(
             "grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial)
         )
-        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial))
+        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
+        if call.low_rows:
+            call.launch(
+                "grad_key_value",
+                lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
+                repeatable=False,
+            )
+            call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=True))
         for capture, grad in gradients.tiles():
             call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
         return [grad_query, grad_key, grad_value, *gradients.finished()]
@@ -145,6 +156,7 @@ class Call:
         self.inputs = kernel_inputs(captures, sizes, query.device)
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
+        self.low_rows = self.masked and spec.planes == 2
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" and not _tf32_allowed() else "tf32"
         self.constants = {
             "D": self.D, "E": self.E, "D_PAD": self.padded[0], "E_PAD": self.padded[1],
@@ -170,22 +182,35 @@ class Call:
         """The three leading strides of each."""
         return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
-    def launch(self, kernel: str, attempt: Callable[[Tile], None]) -> None:
-        """Run `attempt` with the first tile of the plan whose kernel fits the device."""
+    def launch(self, kernel: str, attempt: Callable[[Tile], Any], *, repeatable: bool = True) -> None:
+        """Run `attempt`, which returns the compiled kernel, with the first tile of the plan that suits the device.
+
+        A tile whose kernel exceeds shared memory is passed over; so is one that spills registers, if `repeatable`
+        (running it twice does no harm) and a later one spills less. The choice is remembered for the process.
+        """
         capability = torch.cuda.get_device_capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
-        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded))
+        heavy = self.spec.score.loads() != () or self.spec.score.uses("tanh")
+        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy)
         tiles: tuple[Tile, ...] = getattr(plan, kernel)
         identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
-        for number in range(_chosen.get(identity, 0), len(tiles)):
-            try:
-                attempt(tiles[number])
-            except OutOfResources:
-                if number + 1 == len(tiles):
-                    raise
-                _chosen[identity] = number + 1
-                continue
+        if identity in _chosen:
+            attempt(tiles[_chosen[identity]])
             return
+        best: tuple[int, int] | None = None  # (spills, number)
+        for number, tile in enumerate(tiles):
+            try:
+                compiled = attempt(tile)
+            except OutOfResources:
+                if number + 1 == len(tiles) and best is None:
+                    raise
+                continue
+            spills = int(getattr(compiled, "n_spills", 0) or 0)
+            best = min(best or (spills, number), (spills, number))
+            if spills <= _MAX_SPILLS or not repeatable:
+                break
+        if best is not None and repeatable:
+            _chosen[identity] = best[1]
 
 
 def kernel_inputs(captures: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> tuple[Any, ...]:
@@ -218,12 +243,13 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor) -> None:
-    table = call.tables.of_queries(tile)
-    call.module.flashfuse_forward[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
+    table = call.tables.none if low else call.tables.of_queries(tile)
+    return call.module.flashfuse_forward[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
         call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
         *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
-        TABLE_ROWS=table.rows, EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, **call.constants, **_options(tile),
+        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, LOW=low,
+        **call.constants, **_options(tile),
     )  # fmt: skip
 
 
@@ -232,36 +258,48 @@ def _delta(call: Call, out: Tensor) -> None:
     call.module.flashfuse_delta[(blocks * call.B * call.H,)](
         out, call.grad_out, call.stats, call.delta, call.flags,
         *call.strides(out, call.grad_out), call.H, call.M, call.plane, blocks,
-        E=call.E, E_PAD=call.padded[1], BLOCK_M=_DELTA_BLOCK, FLAGS=call.spec.planes == 2, num_warps=4,
+        E=call.E, E_PAD=call.padded[1], BLOCK_M=_DELTA_BLOCK, FLAGS=call.low_rows, num_warps=4,
     )  # fmt: skip
 
 
-def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None) -> None:
-    table = call.tables.of_queries(tile)
-    call.module.flashfuse_grad_query[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *, low: bool) -> Any:
+    table = call.tables.none if low else call.tables.of_queries(tile)
+    return call.module.flashfuse_grad_query[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor, grad,
         call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad), *table.strides, *call.shape, call.plane,
-        TABLE_ROWS=table.rows, SUMS=partial is not None, **call.constants, **_options(tile),
+        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
+        **call.constants, **_options(tile),
     )  # fmt: skip
 
 
-def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> None:
+def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
     table = call.tables.of_keys(tile)
-    call.module.flashfuse_grad_key_value[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags, table.tensor,
+    return call.module.flashfuse_grad_key_value[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
         grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
-        *call.shape, call.plane, call.B * call.H * call.N, call.flags.shape[-1],
-        TABLE_ROWS=table.rows, SUMS=partial is not None, **call.constants, **_options(tile),
+        *call.shape, call.plane, call.B * call.H * call.N,
+        TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None, **call.constants, **_options(tile),
     )  # fmt: skip
 
 
-def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> None:
+def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
+    constants = {name: value for name, value in call.constants.items() if name not in ("HAS_MASK", "PLANES")}
+    return call.module.flashfuse_add_low_queries[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags,
+        grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
+        *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value),
+        *call.shape, call.plane, call.B * call.H * call.N, call.flags.shape[-1],
+        SUMS=partial is not None, **constants, **_options(tile),
+    )  # fmt: skip
+
+
+def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> Any:
     """`grad` is `[B or 1, H or 1, M, N]`."""
     kept_b, kept_h = grad.shape[0], grad.shape[1]
     tiles = _blocks(call.M, tile.block_m) * _blocks(call.N, tile.block_n)
-    call.module.flashfuse_grad_capture[(tiles * kept_b * kept_h,)](
+    return call.module.flashfuse_grad_capture[(tiles * kept_b * kept_h,)](
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
         kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, **call.constants, **_options(tile),

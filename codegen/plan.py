@@ -34,33 +34,57 @@ _T = Tile
 
 # (architecture, bytes an element, padded head dim up to) -> forward, grad_query, grad_key_value
 _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    ("sm_90", 2, 64): ((_T(128, 64, 4, 3), _T(64, 64, 4, 3)), (_T(128, 64, 8, 2),), (_T(64, 128, 8, 2), _T(64, 64, 4, 2))),
-    ("sm_90", 2, 128): ((_T(128, 64, 8, 3), _T(64, 64, 4, 3)), (_T(128, 64, 8, 2), _T(64, 64, 4, 2)), (_T(64, 128, 8, 2), _T(64, 64, 4, 2))),
-    ("sm_90", 2, 256): ((_T(128, 32, 8, 2),), (_T(128, 32, 8, 2),), (_T(32, 64, 8, 2),)),
-    ("sm_90", 4, 64): ((_T(128, 32, 8, 2), _T(64, 32, 4, 2)), (_T(64, 32, 4, 2),), (_T(32, 64, 4, 2),)),
-    ("sm_90", 4, 128): ((_T(64, 32, 4, 2),), (_T(64, 32, 4, 2),), (_T(32, 64, 4, 2),)),
-    ("sm_90", 4, 256): ((_T(64, 32, 8, 1),), (_T(64, 16, 8, 1),), (_T(16, 64, 8, 1),)),
-    ("sm_80", 2, 64): ((_T(128, 64, 4, 3), _T(64, 64, 4, 3)), (_T(64, 64, 4, 2),), (_T(64, 64, 4, 2),)),
-    ("sm_80", 2, 128): ((_T(128, 64, 8, 3), _T(64, 64, 4, 2)), (_T(64, 64, 8, 2),), (_T(64, 64, 8, 2),)),
-    ("sm_80", 2, 256): ((_T(128, 32, 8, 2), _T(64, 32, 4, 2)), (_T(64, 32, 8, 2),), (_T(32, 64, 8, 2),)),
-    ("sm_80", 4, 64): ((_T(64, 32, 4, 2),), (_T(64, 32, 4, 2),), (_T(32, 64, 4, 2),)),
-    ("sm_80", 4, 128): ((_T(64, 32, 4, 1),), (_T(64, 32, 8, 1),), (_T(32, 64, 8, 1),)),
+    ("sm_90", 2, 64): (
+        (_T(128, 64, 4, 3), _T(128, 64, 8, 3), _T(64, 64, 4, 3)),
+        (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
+        (_T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 4, 2)),
+    ),
+    ("sm_90", 2, 128): (
+        (_T(128, 64, 8, 3), _T(128, 64, 8, 2), _T(64, 64, 4, 2)),
+        (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
+        (_T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 8, 1)),
+    ),
+    ("sm_90", 2, 256): (
+        (_T(128, 32, 8, 2), _T(64, 32, 4, 2)),
+        (_T(128, 32, 8, 2), _T(64, 32, 8, 1)),
+        (_T(32, 64, 8, 2), _T(32, 64, 8, 1)),
+    ),
+    ("sm_90", 4, 64): ((_T(128, 32, 8, 2), _T(64, 32, 4, 2)), (_T(64, 32, 4, 2),), (_T(32, 64, 8, 2), _T(32, 64, 4, 1))),
+    ("sm_90", 4, 128): ((_T(64, 32, 4, 2),), (_T(64, 32, 8, 2), _T(64, 32, 4, 1)), (_T(32, 64, 8, 1), _T(32, 32, 4, 1))),
+    ("sm_90", 4, 256): ((_T(64, 32, 8, 1),), (_T(64, 16, 8, 1),), (_T(16, 64, 8, 1), _T(16, 32, 8, 1))),
+    ("sm_80", 2, 64): (
+        (_T(128, 64, 4, 3), _T(64, 64, 4, 3)), (_T(64, 64, 4, 2),), (_T(64, 64, 8, 2), _T(32, 64, 4, 2)),
+    ),
+    ("sm_80", 2, 128): (
+        (_T(128, 64, 8, 3), _T(64, 64, 4, 2)), (_T(64, 64, 8, 2), _T(64, 32, 4, 2)), (_T(32, 128, 8, 2), _T(32, 64, 8, 2)),
+    ),
+    ("sm_80", 2, 256): ((_T(128, 32, 8, 2), _T(64, 32, 4, 2)), (_T(64, 32, 8, 2),), (_T(32, 64, 8, 2), _T(16, 64, 8, 2))),
+    ("sm_80", 4, 64): ((_T(64, 32, 4, 2),), (_T(64, 32, 4, 2),), (_T(32, 64, 8, 2), _T(32, 32, 4, 2))),
+    ("sm_80", 4, 128): ((_T(64, 32, 4, 1),), (_T(64, 32, 8, 1),), (_T(32, 64, 8, 1), _T(32, 32, 4, 1))),
     ("sm_80", 4, 256): ((_T(64, 16, 8, 1),), (_T(32, 16, 8, 1),), (_T(16, 32, 8, 1),)),
 }  # fmt: skip
+
+# Score programs that load elements or take tanh need registers: these go first for them.
+_HEAVY: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
+    ("sm_90", 2, 64): ((_T(128, 64, 8, 3),), (), ()),
+    ("sm_90", 2, 128): ((), (), (_T(64, 64, 8, 2),)),
+}
 
 _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
 _INTERPRETER = KernelPlan(*((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),)))
 
 
 @lru_cache(maxsize=256)
-def kernel_plan(capability: tuple[int, int] | None, itemsize: int, head_dim: int) -> KernelPlan:
+def kernel_plan(capability: tuple[int, int] | None, itemsize: int, head_dim: int, heavy: bool = False) -> KernelPlan:
     """The plan for elements of `itemsize` bytes and the larger of the two (padded) head dims.
 
-    `capability` is the device's (major, minor); None is Triton's interpreter.
+    `capability` is the device's (major, minor); None is Triton's interpreter. `heavy`: the score program loads elements
+    or takes tanh.
     """
     if capability is None:
         return _INTERPRETER
-    architecture = "sm_90" if capability[0] == 9 else "sm_80"
     bucket = next(size for size in (64, 128, 256) if head_dim <= size)
-    forward, grad_query, grad_key_value = _TABLE[architecture, itemsize, bucket]
-    return KernelPlan(forward + _LAST, grad_query + _LAST, grad_key_value + _LAST, grad_query[-1:] + _LAST)
+    identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
+    first = _HEAVY.get(identity, ((), (), ())) if heavy else ((), (), ())
+    forward, grad_query, grad_key_value = (a + b + _LAST for a, b in zip(first, _TABLE[identity], strict=True))
+    return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 4, 1), *_LAST))

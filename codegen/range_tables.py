@@ -42,7 +42,7 @@ class RangeTables:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self._none = Table(call.query, (0, 0), 0)
+        self.none = Table(call.query, (0, 0), 0)
         self._bounds: dict[tuple[bool, int], Tensor] = {}
         keep = call.spec.split.keep
         self.useful = keep is not None and tells_something(call.spec)
@@ -52,11 +52,11 @@ class RangeTables:
 
     def of_queries(self, tile: Tile) -> Table:
         """Key ranges of blocks of queries."""
-        return self._table(tile, keys=False) if self.useful else self._none
+        return self._table(tile, keys=False) if self.useful else self.none
 
     def of_keys(self, tile: Tile) -> Table:
         """Query ranges of blocks of keys."""
-        return self._table(tile, keys=True) if self.useful else self._none
+        return self._table(tile, keys=True) if self.useful else self.none
 
     def _table(self, tile: Tile, *, keys: bool) -> Table:
         call = self.call

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
 from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
 from flashfuse.ir.derivative import index_letters
-from flashfuse.ir.ranges import Bounded, Certainty, Ranges
+from flashfuse.ir.ranges import Bounded, Certainty
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement
 
@@ -79,14 +79,10 @@ class _Writer:
 
     def constants(self) -> str:
         scale = 1.0 if self.scale is None else self.scale
-        leading_keys = _has_leading(self.spec.key_ranges)
-        leading_queries = _has_leading(self.spec.query_ranges)
         return "\n".join(
             [
                 f"SCALE = tl.constexpr({scale!r})  # natural units in a unit of what `kept_score` returns",
                 f"FACTOR = tl.constexpr({scale * math.log2(math.e)!r})  # SCALE * log2(e)",
-                f"LEADING_KEYS = tl.constexpr({leading_keys})  # whether `key_range` can have a partial run before the full one",
-                f"LEADING_QUERIES = tl.constexpr({leading_queries})  # the same of `query_range`",
             ]
         )
 
@@ -172,7 +168,11 @@ class _Writer:
             f"add_{side}_sums", f"sums, kept, s, grad, {_AT}, WHOLE: tl.constexpr", body,
             f"({returned}{comma})" if wanted else "sums", "Add the sums over axis 1, where `kept`, of elements' gradients.",
         )  # fmt: skip
-        return [start, add, store]
+        if side == "row":
+            return [start, add, store]
+        loads = ", ".join(f"tl.load(partial + {i} * plane, mask=inside, other=0.0)" for i in range(len(wanted)))
+        purpose = "What `store_column_sums` stored."
+        return [start, function_text("load_column_sums", "partial, plane, inside", [], f"({loads}{comma})", purpose), add, store]
 
     def tile_gradient(self) -> str:
         body = ["gradient = like(0.0, s)"]
@@ -235,15 +235,6 @@ def bounded_vectors(certainty: Certainty | None, letter: str) -> tuple[Statement
     """The distinct vectors along m or n whose block bounds a certainty program reads."""
     inputs = () if certainty is None else certainty.inputs
     return tuple(dict.fromkeys(bounded.statement for bounded in inputs if bounded.letter == letter))
-
-
-def _has_leading(found: Ranges | None) -> bool:
-    """Whether a partial run can come before the full one: not if both begin at the constant 0."""
-    if found is None:
-        return False
-    program = found.program
-    starts = [program.statements[program.results[i]] for i in (0, 2)]
-    return not all(start.op == "const" and start.attribute == 0 for start in starts)
 
 
 def _with_results(program: ScoreProgram, results: tuple[int, ...]) -> ScoreProgram:

@@ -43,7 +43,10 @@ def flashfuse(
     result = fuse(module, chosen)
     if chosen.strict:
         _insist(result.record)
-    return compile_inner(result.module, example_inputs, chosen)
+    compiled = compile_inner(result.module, example_inputs, chosen)
+    count(result.record)  # only now: Dynamo may give this capture up and start over
+    publish(result.record)
+    return compiled
 
 
 # ------------------------------------------------------------------------------------------------ the pipeline
@@ -60,13 +63,6 @@ class Fused:
 
 def fuse(module: fx.GraphModule, options: Options) -> Fused:
     """Replace every attention of a captured graph and of its sub-graphs. Never raises for what it finds there."""
-    result = _fuse(module, options)
-    _count(result.record)
-    publish(result.record)
-    return result
-
-
-def _fuse(module: fx.GraphModule, options: Options) -> Fused:
     inner = {node: _fuse_subgraphs(module, node, options) for node in module.graph.nodes if is_opaque(node)}
     nested = tuple(site for subs in inner.values() for sub in subs.values() for site in sub.record.sites)
     writers = {node for node, subs in inner.items() if not subs or any(sub.writes_inputs for sub in subs.values())}
@@ -159,7 +155,7 @@ def _fuse_subgraphs(module: fx.GraphModule, node: fx.Node, options: Options) -> 
             continue
         sub = getattr(module, str(argument.target), None)
         if isinstance(sub, fx.GraphModule):
-            found[str(argument.target)] = _fuse(sub, options)
+            found[str(argument.target)] = fuse(sub, options)
     return found
 
 
@@ -181,7 +177,8 @@ def _with_subgraphs(module: fx.GraphModule, inner: dict[fx.Node, dict[str, Fused
 # ------------------------------------------------------------------------------------------------ outcome
 
 
-def _count(record: GraphRecord) -> None:
+def count(record: GraphRecord) -> None:
+    """Add a compiled graph's sites to torch._dynamo.utils.counters["flashfuse"] and to the log."""
     counters = torch._dynamo.utils.counters["flashfuse"]
     for site in record.sites:
         if site.refusal is not None and site.refusal.code == "FF101":

@@ -16,7 +16,7 @@ import torch
 import flashfuse
 from flashfuse.ir.attention_spec import EmptyRows
 from flashfuse.options import parse
-from flashfuse.records import GraphRecord, SiteRecord, listening
+from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal
 
 
@@ -80,20 +80,14 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     graphs: list[GraphRecord] = []
 
     def read_only(module: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
-        fuse(module, chosen)
+        graphs.append(fuse(module, chosen).record)
         return module.forward
 
-    counters = torch._dynamo.utils.counters
-    before = dict(counters["flashfuse"])
     error = ""
-    with listening(graphs.append):
-        try:
-            torch.compile(getattr(model, "_orig_mod", model), backend=read_only)(*args, **kwargs)
-        except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}"
-        finally:
-            counters["flashfuse"].clear()
-            counters["flashfuse"].update(before)
+    try:
+        torch.compile(getattr(model, "_orig_mod", model), backend=read_only)(*args, **kwargs)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
     return Report(tuple(graphs), error)
 
 

@@ -293,6 +293,11 @@ class _Calls:
             for part in expression.args[1:]:
                 total = self.call(join, total, self._expression(part))
             return total
+        if isinstance(expression, sympy.Pow) and expression.exp.is_Integer and expression.exp > 0:
+            base = total = self._expression(expression.base)
+            for _ in range(int(expression.exp) - 1):
+                total = self.call(operator.mul, total, base)
+            return total
         if type(expression).__name__ in ("FloorDiv", "CleanDiv", "PythonMod", "Mod"):
             join = operator.mod if "Mod" in type(expression).__name__ else operator.floordiv
             return self.call(join, *(self._expression(part) for part in expression.args))

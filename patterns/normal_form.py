@@ -86,9 +86,25 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
     for leaf, placeholder in zip(reader.leaves, placeholders, strict=False):
         placeholder.meta.setdefault("val", reader.example(leaf))
     traced.graph.eliminate_dead_code()
+    _apply_autocast(form, reader.fake_mode)
     alive = set(traced.graph.nodes)
     form.origins = {node: origins for node, origins in form.origins.items() if node in alive}
     return form
+
+
+def _apply_autocast(form: NormalForm, fake_mode: FakeTensorMode) -> None:
+    """Give nodes the dtypes that they have under autocast, which the trace does not see but Dynamo's values show."""
+    for node, origins in form.origins.items():
+        val = node.meta.get("val")
+        for origin in origins:
+            shown = origin.node.meta.get("example_value")
+            for place in origin.path:
+                shown = shown[place] if isinstance(shown, (tuple, list)) else None
+            if not isinstance(shown, torch.Tensor) or not isinstance(val, torch.Tensor) or origin.node.op == "get_attr":
+                continue
+            if shown.dtype != val.dtype and form.produced.get(node) is origin.node:
+                with fake_mode:
+                    node.meta["val"] = val.to(shown.dtype)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ queries and loops over keys. No atomics: equal inputs give equal gradients, bit 
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.plain_score import FACTOR, LEADING_KEYS, SCALE, add_column_sums, add_row_sums, keep, kept_gradient, kept_score, key_range, query_range, score, score_gradient, start_column_sums, start_row_sums, store_column_sums, store_row_sums  # noqa: E501  # SPLICE
+from flashfuse.codegen.kernels.plain_score import FACTOR, SCALE, add_column_sums, add_row_sums, keep, kept_gradient, kept_score, key_range, load_column_sums, query_range, score, score_gradient, start_column_sums, start_row_sums, store_column_sums, store_row_sums  # noqa: E501  # SPLICE
 from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, store_tile, with_table
 
 
@@ -39,7 +39,7 @@ def flashfuse_delta(
 
 
 @triton.jit
-def probability(s, x, lse, shift, SHIFTED: tl.constexpr):
+def probability(x, lse, shift, SHIFTED: tl.constexpr):
     """exp(score - shift - lse); `lse` and `shift` broadcast to the tile, `x` is a score in units of SCALE."""
     if SHIFTED:
         p = tl.exp2((x * SCALE - shift) * LOG2E - lse * LOG2E)
@@ -68,43 +68,48 @@ def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
 
 @triton.jit
 def descend_keys(
-    acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, rows, start, stop,
+    acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, rows, lo, hi, full_lo, full_hi,
     b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries, and row sums of captures' gradients, over key blocks [start, stop).
+    """Gradient of a block of queries, and row sums of captures' gradients, over the key blocks [lo, hi).
 
-    WHOLE: the whole program, for the low `rows` only.
+    WHOLE: the whole program, for the low `rows` only. The rest as in `attend`.
     """
-    for first in tl.range(start, stop, BLOCK_N):
-        column = tl.arange(0, BLOCK_N)[None, :]
-        n = first + column
-        inside_n = n < N if PARTIAL else tl.full([1, BLOCK_N], 1, tl.int1)
-        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, PARTIAL)
-        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, PARTIAL)
+    for first in tl.range(lo, hi, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[None, :]
+        inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
+        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
+        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if WHOLE:
             x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             p = low_probability(x, lse[:, None], shift[:, None])
         else:
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-            p = probability(s, x, lse[:, None], shift[:, None], SHIFTED)
+            p = probability(x, lse[:, None], shift[:, None], SHIFTED)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         dx = p * (dp - row_delta[:, None])
-        kept = inside_n
         if WHOLE:
-            kept = inside_n & rows[:, None]
             ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
+            ds = tl.where(inside_n & rows[:, None], ds, 0.0)
         else:
-            if HAS_MASK and PARTIAL:
-                kept = inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
             ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        if PARTIAL:
-            ds = tl.where(kept, ds, 0.0)
+            if MASKED or not EVEN:
+                if (first < full_lo) | (first >= full_hi):
+                    if MASKED:
+                        ds = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
+                    else:
+                        ds = tl.where(inside_n, ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
         if SUMS:
+            kept = inside_n
+            if WHOLE:
+                kept = inside_n & rows[:, None]
+            elif MASKED:
+                kept = inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
             sums = add_row_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE)
     return acc, sums
 
@@ -116,9 +121,12 @@ def flashfuse_grad_query(
     dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,)."""
+    """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
+
+    LOW: a second launch, for the low rows, by the whole program.
+    """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
     first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -138,51 +146,31 @@ def flashfuse_grad_query(
     grad_out += b_wide * grad_b + h_wide * grad_h + first_wide * grad_m
     grad_query += b_wide * dq_b + h_wide * dq_h + first_wide * dq_m
     place = tl.cast(head, tl.int64) * M + row
-    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
-    do = load_tile(grad_out, grad_m, M - first, E, BLOCK_M, E_PAD, True)
     lse, shift, row_delta = load_rows(stats, delta, place, plane, inside, PLANES)
     low = shift != 0.0
-    LOW_ROWS: tl.constexpr = PLANES == 2 and HAS_MASK
-    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
-    if LOW_ROWS:  # the main loops give them probability zero
-        main_lse = tl.where(low, float("inf"), lse)
-        main_delta = tl.where(low, 0.0, row_delta)
+    if LOW:
+        if tl.max(low.to(tl.int32), 0) == 0:
+            return
+        inside = inside & low
+        lo, hi, full_lo, full_hi = 0, N, 0, 0
     else:
-        main_lse = lse
-        main_delta = row_delta
-
-    lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+        if PLANES == 2 and HAS_MASK:  # the second launch's rows get probability zero
+            lse = tl.where(low, float("inf"), lse)
+            row_delta = tl.where(low, 0.0, row_delta)
+        lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         table += b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
         lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table)
-    lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_N)
+    lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
 
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    sums = start_row_sums(BLOCK_M)
-    if LEADING_KEYS or TABLE_ROWS > 0:
-        acc, sums = descend_keys(
-            acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, lo, full_lo,
-            b, h, m, inside_m, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, SUMS, PRECISION,
-        )  # fmt: skip
+    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
+    do = load_tile(grad_out, grad_m, M - first, E, BLOCK_M, E_PAD, True)
+    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
     acc, sums = descend_keys(
-        acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, full_lo, full_hi,
-        b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, False, SHIFTED, False, SUMS, PRECISION,
+        tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,
+        lse, shift, row_delta, low, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION,
     )  # fmt: skip
-    if not EVEN:
-        acc, sums = descend_keys(
-            acc, sums, q, do, key, key_n, value, value_n, main_lse, shift, main_delta, low, full_hi, hi,
-            b, h, m, inside_m, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, SUMS, PRECISION,
-        )  # fmt: skip
-    if LOW_ROWS:
-        if tl.max(low.to(tl.int32), 0) > 0:
-            acc, sums = descend_keys(
-                acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, low, 0, N,
-                b, h, m, inside_m, M, N, inputs,
-                D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, True, True, SUMS, PRECISION,
-            )  # fmt: skip
     store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
     if SUMS:
         store_row_sums(sums, partial + place, plane, inside)
@@ -190,46 +178,51 @@ def flashfuse_grad_query(
 
 @triton.jit
 def descend_queries(
-    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, place, plane, lo, hi, full_lo, full_hi,
+    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, plane, lo, hi, full_lo, full_hi,
     b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
 
-    One loop with a branch, not three: registers decide here. EVEN: every block is full.
+    MASKED and EVEN as in `attend`.
     """
     for first in tl.range(lo, hi, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         m = row[None, :]
         inside = tl.full([BLOCK_M], 1, tl.int1) if EVEN else row < M
         inside_m = tl.full([1, BLOCK_M], 1, tl.int1) if EVEN else m < M
-        partial = (first < full_lo) | (first >= full_hi)
         first_wide = tl.cast(first, tl.int64)
         q = load_tile(query + first_wide * query_m, query_m, M - first, D, BLOCK_M, D_PAD, not EVEN)
         do = load_tile(grad_out + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, not EVEN)
-        lse, shift, row_delta = load_rows(stats, delta, place + row, plane, inside, PLANES)
-        if PLANES == 2 and HAS_MASK:
+        lse, shift, row_delta = load_rows(stats, delta, row, plane, inside, PLANES)
+        if PLANES == 2 and MASKED:
             low = shift != 0.0
             lse = tl.where(low, float("inf"), lse)
             row_delta = tl.where(low, 0.0, row_delta)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        p = probability(s, x, lse[None, :], shift[None, :], PLANES == 2 and not HAS_MASK)
-        if not EVEN:
-            if partial:
-                p = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), p, 0.0)
+        p = probability(x, lse[None, :], shift[None, :], PLANES == 2 and not MASKED)
+        if MASKED or not EVEN:
+            if (first < full_lo) | (first >= full_hi):
+                if MASKED:
+                    p = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), p, 0.0)
+                else:
+                    p = tl.where(inside_m, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dx = p * (dp - row_delta[None, :])
         ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        if not EVEN:
-            if partial:
-                ds = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
+        if MASKED or not EVEN:
+            if (first < full_lo) | (first >= full_hi):
+                if MASKED:
+                    ds = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
+                else:
+                    ds = tl.where(inside_m, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if SUMS:
             kept = inside_m
-            if HAS_MASK:
+            if MASKED:
                 kept = inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
             sums = add_column_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, False)
     return dk, dv, sums
@@ -237,7 +230,7 @@ def descend_queries(
 
 @triton.jit
 def descend_low_queries(
-    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, place, plane,
+    dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, plane,
     b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -247,7 +240,7 @@ def descend_low_queries(
         row = first + tl.arange(0, BLOCK_M)
         m = row[None, :]
         inside_m = m < M
-        lse, shift, row_delta = load_rows(stats, delta, place + row, plane, row < M, 2)
+        lse, shift, row_delta = load_rows(stats, delta, row, plane, row < M, 2)
         low = shift != 0.0
         if tl.max(low.to(tl.int32), 0) > 0:
             first_wide = tl.cast(first, tl.int64)
@@ -270,9 +263,9 @@ def descend_low_queries(
 
 @triton.jit
 def flashfuse_grad_key_value(
-    query, key, value, grad_out, stats, delta, flags, table, grad_key, grad_value, partial, inputs,
+    query, key, value, grad_out, stats, delta, table, grad_key, grad_value, partial, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
-    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane, flag_blocks,
+    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,22 +304,68 @@ def flashfuse_grad_key_value(
         if TABLE_ROWS > 0:
             place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
             lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
-        lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_M)
+        lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_M)
         dk, dv, sums = descend_queries(
-            dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats, delta, head * M, plane, lo, hi, full_lo, full_hi,
+            dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane, lo, hi, full_lo, full_hi,
             b, h, n, inside_n, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, PLANES, EVEN, SUMS, PRECISION,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SUMS, PRECISION,
         )  # fmt: skip
-        if PLANES == 2 and HAS_MASK:
-            low = tl.zeros([64], tl.int32)
-            for start in tl.range(0, flag_blocks, 64):
-                flag = start + tl.arange(0, 64)
-                low |= tl.load(flags + head * flag_blocks + flag, mask=flag < flag_blocks, other=0)
-            if tl.max(low, 0) > 0:
-                dk, dv, sums = descend_low_queries(
-                    dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats, delta, head * M, plane,
-                    b, h, n, inside_n, M, N, inputs, D, E, D_PAD, E_PAD, BLOCK_M, SUMS, PRECISION,
-                )  # fmt: skip
+        if SUMS:
+            store_column_sums(sums, partial + head * N + column, sum_plane, inside)
+    store_tile(grad_key, dk_n, dk * SCALE, inside, D, BLOCK_N, D_PAD)
+    store_tile(grad_value, dv_n, dv, inside, E, BLOCK_N, E_PAD)
+
+
+@triton.jit
+def flashfuse_add_low_queries(
+    query, key, value, grad_out, stats, delta, flags, grad_key, grad_value, partial, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, H, GROUP, M, N, plane, sum_plane, flag_blocks,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what low rows, by the whole program, give to grad_key, grad_value and partial; nothing to do without any.
+
+    The flags are loaded many at a time, so that the usual case costs one load a head.
+    """
+    blocks = tl.cdiv(N, BLOCK_N)
+    groups = H // GROUP
+    pair = tl.program_id(0) // blocks
+    first = tl.program_id(0) % blocks * BLOCK_N
+    b = pair // groups
+    g = pair % groups
+    b_wide = tl.cast(b, tl.int64)
+    g_wide = tl.cast(g, tl.int64)
+    first_wide = tl.cast(first, tl.int64)
+    flags += (b_wide * H + g_wide * GROUP) * flag_blocks  # those of the group's heads follow each other
+    flagged = tl.zeros([256], tl.int32)
+    for start in tl.range(0, flag_blocks * GROUP, 256):
+        flag = start + tl.arange(0, 256)
+        flagged |= tl.load(flags + flag, mask=flag < flag_blocks * GROUP, other=0)
+    if tl.max(flagged, 0) == 0:
+        return
+    column = first + tl.arange(0, BLOCK_N)
+    inside = column < N
+    n = column[:, None]
+    inside_n = n < N
+    key += b_wide * key_b + g_wide * key_g + first_wide * key_n
+    value += b_wide * value_b + g_wide * value_g + first_wide * value_n
+    grad_key += b_wide * dk_b + g_wide * dk_g + first_wide * dk_n
+    grad_value += b_wide * dv_b + g_wide * dv_g + first_wide * dv_n
+    k = load_tile(key, key_n, N - first, D, BLOCK_N, D_PAD, True)
+    v = load_tile(value, value_n, N - first, E, BLOCK_N, E_PAD, True)
+    dk = load_tile(grad_key, dk_n, N - first, D, BLOCK_N, D_PAD, True).to(tl.float32) / SCALE
+    dv = load_tile(grad_value, dv_n, N - first, E, BLOCK_N, E_PAD, True).to(tl.float32)
+    for member in tl.range(0, GROUP):
+        h = g * GROUP + member
+        h_wide = tl.cast(h, tl.int64)
+        head = b_wide * H + h
+        sums = load_column_sums(partial + head * N + column, sum_plane, inside) if SUMS else start_column_sums(BLOCK_N)
+        dk, dv, sums = descend_low_queries(
+            dk, dv, sums, k, v, query + b_wide * query_b + h_wide * query_h, query_m,
+            grad_out + b_wide * grad_b + h_wide * grad_h, grad_m, stats + head * M, delta + head * M, plane,
+            b, h, n, inside_n, M, N, inputs, D, E, D_PAD, E_PAD, BLOCK_M, SUMS, PRECISION,
+        )  # fmt: skip
         if SUMS:
             store_column_sums(sums, partial + head * N + column, sum_plane, inside)
     store_tile(grad_key, dk_n, dk * SCALE, inside, D, BLOCK_N, D_PAD)

@@ -74,7 +74,7 @@ def flashfuse_grad_capture(
                 if PLANES == 2:
                     ordinary = ordinary & (low == 0)[:, None]
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-            p = probability(s, x, lse[:, None], shift[:, None], PLANES == 2 and not HAS_MASK)
+            p = probability(x, lse[:, None], shift[:, None], PLANES == 2 and not HAS_MASK)
             dx = p * (dp - row_delta[:, None])
             part = tile_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
             acc += tl.where(ordinary, part, 0.0)

@@ -6,27 +6,26 @@ FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the acc
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.plain_score import FACTOR, LEADING_KEYS, SCALE, keep, kept_score, key_range, score  # SPLICE
+from flashfuse.codegen.kernels.plain_score import FACTOR, SCALE, keep, kept_score, key_range, score  # SPLICE
 from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, store_tile, with_table
 
 
 @triton.jit
 def attend(
-    acc, total, top, q, key, key_n, value, value_n, start, stop, b, h, m, inside_m, M, N, inputs,
+    acc, total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, PARTIAL: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to key blocks [start, stop): the accumulator, the sum of exponentials and the largest score so far.
+    """Attend to the key blocks [lo, hi): the accumulator, the sum of exponentials and the largest score so far.
 
-    PARTIAL: elements may be masked or beyond the last key. WHOLE: the scores of the whole program, nothing masked.
-    SHIFTED: subtract the maximum before any scaling, as scores near the smallest float need it.
+    One loop: only blocks outside [full_lo, full_hi) take the branch that masks. MASKED: apply `keep` there. EVEN: all
+    blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the maximum before any scaling, as
+    scores near the smallest float need it.
     """
-    for first in tl.range(start, stop, BLOCK_N):
-        column = tl.arange(0, BLOCK_N)[None, :]
-        n = first + column
-        inside_n = n < N if PARTIAL else tl.full([1, BLOCK_N], 1, tl.int1)
-        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, PARTIAL)
+    for first in tl.range(lo, hi, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[None, :]
+        inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
+        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if WHOLE:
             x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
@@ -34,11 +33,12 @@ def attend(
         else:
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             unit: tl.constexpr = FACTOR
-        if PARTIAL:
-            if HAS_MASK and not WHOLE:
-                x = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
-            else:
-                x = tl.where(inside_n, x, float("-inf"))
+        if MASKED or not EVEN:
+            if (first < full_lo) | (first >= full_hi):
+                if MASKED:
+                    x = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
+                else:
+                    x = tl.where(inside_n, x, float("-inf"))
         higher = tl.maximum(top, tl.max(x, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         if SHIFTED:
@@ -48,7 +48,7 @@ def attend(
         shrink = tl.exp2((top - finite) * unit)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, PARTIAL)
+        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = higher
     return acc, total, top
@@ -61,11 +61,13 @@ def flashfuse_forward(
     table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
 
-    TABLE_ROWS: how many queries a row of the range table stands for; 0 without a table. EVEN: no mask, only whole blocks of keys.
+    TABLE_ROWS: how many queries a row of the range table stands for; 0 without a table. EVEN: BLOCK_N divides N. LOW: a
+    second launch, which computes the rows that the first one found too low for its mask from the whole program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -84,64 +86,46 @@ def flashfuse_forward(
     value += b_wide * value_b + g_wide * value_g
     out += b_wide * out_b + h_wide * out_h + first_wide * out_m
     stats += tl.cast(head, tl.int64) * M + row
-    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
 
-    lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+    low_rows = row < 0
+    if LOW:
+        low_rows = tl.load(stats + plane, mask=row < M, other=0.0) != 0.0
+        if tl.max(low_rows.to(tl.int32), 0) == 0:
+            return
+        lo, hi, full_lo, full_hi = 0, N, 0, 0
+    else:
+        lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
         lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
-    lo, hi, full_lo, full_hi = block_aligned(lo, hi, full_lo, full_hi, BLOCK_N)
+    lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
 
-    acc = tl.zeros([BLOCK_M, E_PAD], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
-    if LEADING_KEYS or TABLE_ROWS > 0:
-        acc, total, top = attend(
-            acc, total, top, q, key, key_n, value, value_n, lo, full_lo, b, h, m, inside_m, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, PRECISION,
-        )  # fmt: skip
+    q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
+    SHIFTED: tl.constexpr = LOW or (PLANES == 2 and not HAS_MASK)
     acc, total, top = attend(
-        acc, total, top, q, key, key_n, value, value_n, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, False, SHIFTED, False, PRECISION,
+        tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
+        b, h, m, inside_m, M, N, inputs,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION,
     )  # fmt: skip
-    if not EVEN:
-        acc, total, top = attend(
-            acc, total, top, q, key, key_n, value, value_n, full_hi, hi, b, h, m, inside_m, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, SHIFTED, False, PRECISION,
-        )  # fmt: skip
 
-    top = top * SCALE
     inside = row < M
-    if PLANES == 1:
-        if EMPTY_ZERO:
-            empty = total == 0.0
-            acc = acc / tl.where(empty, 1.0, total)[:, None]
-            sums = tl.where(empty, float("inf"), top + tl.log(total))
-        else:
-            acc = acc / total[:, None]
-            sums = top + tl.log(total)
-        store_tile(out, out_m, acc, inside, E, BLOCK_M, E_PAD)
-        tl.store(stats, sums, mask=inside)
+    if LOW:
+        inside = inside & low_rows
+        sums = tl.log(total)
+        tl.store(stats + plane, tl.where(total != total, total, top), mask=inside)
     else:
-        low = ((top > LOW_SCORE) == 0) | (total != total)
-        if HAS_MASK:
-            ordinary = inside & (low == 0)
-            low = inside & low
-            store_tile(out, out_m, acc / total[:, None], ordinary, E, BLOCK_M, E_PAD)
-            tl.store(stats, top + tl.log(total), mask=ordinary)
-            tl.store(stats + plane, 0.0, mask=ordinary)
-            if tl.max(low.to(tl.int32), 0) > 0:
-                acc, total, top = attend(
-                    tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
-                    tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, 0, N,
-                    b, h, m, inside_m, M, N, inputs,
-                    D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, True, True, True, PRECISION,
-                )  # fmt: skip
-                store_tile(out, out_m, acc / total[:, None], low, E, BLOCK_M, E_PAD)
-                tl.store(stats, tl.log(total), mask=low)
-                tl.store(stats + plane, tl.where(total != total, total, top), mask=low)
-        else:
-            store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
-            tl.store(stats, tl.where(low, 0.0, top) + tl.log(total), mask=inside)
-            tl.store(stats + plane, tl.where(total != total, total, tl.where(low, top, 0.0)), mask=inside)
+        top = top * SCALE
+        sums = top + tl.log(total)
+        if PLANES == 2:
+            low_rows = ((top > LOW_SCORE) == 0) | (total != total)
+            shift = tl.where(low_rows, tl.where(total != total, total, top), 0.0)
+            if not HAS_MASK:
+                sums = tl.where(low_rows, 0.0, top) + tl.log(total)
+            tl.store(stats + plane, shift, mask=inside)
+    if EMPTY_ZERO:
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        sums = tl.where(empty, float("inf"), sums)
+    store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
+    tl.store(stats, sums, mask=inside)

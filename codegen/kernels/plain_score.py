@@ -13,8 +13,6 @@ from flashfuse.codegen.kernels.maths import like
 
 SCALE = tl.constexpr(1.0)  # natural units in a unit of what `kept_score` returns
 FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
-LEADING_KEYS = tl.constexpr(False)  # whether `key_range` can have a partial run before the full one
-LEADING_QUERIES = tl.constexpr(False)  # the same of `query_range`
 
 
 @triton.jit
@@ -79,6 +77,12 @@ def add_row_sums(sums, kept, s, grad, b, h, m, n, inside_m, inside_n, M, N, inpu
 def store_row_sums(sums, partial, plane, inside):
     """Store vector i at `partial + i * plane`."""
     return
+
+
+@triton.jit
+def load_column_sums(partial, plane, inside):
+    """What `store_column_sums` stored."""
+    return ()
 
 
 @triton.jit

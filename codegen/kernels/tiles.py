@@ -37,17 +37,9 @@ def store_tile(pointer, stride, tile, inside, DIM: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def block_aligned(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
-    """Ends of three runs of whole blocks: partial [lo, full_lo), full [full_lo, full_hi), partial [full_hi, hi)."""
-    # The grid is one deep on axis 2, which the compiler cannot know. If it knew that a run begins at 0 it would treat the
-    # first loop's accumulators apart, and ptxas would serialise every wgmma of the kernel (advisory C7515).
-    lo = lo // BLOCK * BLOCK + tl.num_programs(2) - 1
-    full_lo = tl.maximum((full_lo + BLOCK - 1) // BLOCK * BLOCK, lo)
-    full_hi = tl.minimum(full_hi, hi) // BLOCK * BLOCK
-    none = full_lo >= full_hi
-    full_lo = tl.where(none, lo, full_lo)
-    full_hi = tl.where(none, lo, full_hi)
-    return lo, hi, full_lo, full_hi
+def block_aligned(lo, full_lo, full_hi, BLOCK: tl.constexpr):
+    """The first block of a range, and the ends of those of its blocks that lie in the full range as a whole."""
+    return lo // BLOCK * BLOCK, (full_lo + BLOCK - 1) // BLOCK * BLOCK, full_hi // BLOCK * BLOCK
 
 
 @triton.jit

@@ -31,6 +31,9 @@ KERNELS = {
     "grad_query": "flashfuse_grad_query",
     "grad_key_value": "flashfuse_grad_key_value",
     "grad_capture": "flashfuse_grad_capture",
+    "forward_low": "flashfuse_forward",
+    "grad_query_low": "flashfuse_grad_query",
+    "grad_key_value_low": "flashfuse_add_low_queries",
 }
 _POINTERS = {"stats": "*fp32", "delta": "*fp32", "partial": "*fp32", "flags": "*i32", "table": "*i32", "grad": "*fp32"}
 _TYPES = {Kind.FLOAT: "*fp32", Kind.INT: "*i64", Kind.BOOL: "*i8"}
@@ -69,15 +72,16 @@ def compile_kernel(
 ) -> dict[str, object]:
     """Registers, spills, shared memory and advisories of one kernel in its default tile."""
     itemsize = 4 if dtype == "fp32" else 2
-    tile = tile or getattr(kernel_plan(divmod(target, 10), itemsize, head_dim), kernel)[0]
+    heavy = spec.score.loads() != () or spec.score.uses("tanh")
+    tile = tile or getattr(kernel_plan(divmod(target, 10), itemsize, head_dim, heavy), kernel.removesuffix("_low"))[0]
     module = kernel_module(spec, fast_tanh=itemsize == 2)
     function = getattr(module, KERNELS[kernel])
     padded = max(16, 1 << (head_dim - 1).bit_length())
     constants = {
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "TABLE_ROWS": (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tells_something(spec) else 0,
+        "TABLE_ROWS": (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tells_something(spec) and not kernel.endswith("_low") else 0,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "SUMS": False, "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
+        "SUMS": False, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:

@@ -293,6 +293,13 @@ def causal_additive_finfo_min(q, k, v):
     return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
 
 
+@spelling(keeps="n <= m")
+def causal_additive_dynamic(q, k, v):
+    i, j = torch.arange(q.shape[-2]), torch.arange(k.shape[-2])
+    mask = torch.where(j[None, :] <= i[:, None], 0.0, torch.finfo(q.dtype).min)
+    return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+
 @spelling(keeps="(n - m) <= 0")
 def causal_in_place(q, k, v):
     scores = q @ k.mT
@@ -448,7 +455,7 @@ def scores_used_elsewhere(q, k, v):
 
 @near_miss("FF303", "operators_mul")
 def key_written_in_between(q, k, v):
-    k = k.clone()
+    k = k.tanh()
     p = (q @ k.mT * 0.25).softmax(-1)
     k.mul_(2.0)
     return p @ v + k.sum()

@@ -1,0 +1,209 @@
+"""The operators that a rewritten graph calls: `flashfuse::attention`, its backward, and `flashfuse::fence`.
+
+A call carries the whole spec as text, so that any process, cache or exported program can rebuild the kernel from the call
+alone. On CUDA the Triton kernels run; elsewhere, and wherever they cannot, the chunked torch path gives the same values.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.errors import FlashfuseError, StrictError
+from flashfuse.ir.attention_spec import AttentionSpec, from_text, plain_load_letters
+
+_library = torch.library.Library("flashfuse", "DEF")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
+    " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define("fence(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+_warned: set[str] = set()
+
+
+# ------------------------------------------------------------------------------------------------ forward and backward
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a spec: out `[B, H, M, E]` in value's dtype, laid out in memory in the order of `layout`, and the
+    float32 row statistics `[planes, B, H, M]` that the backward needs."""
+    meaning = from_text(spec)
+    out = _empty_out(query, value, layout)
+    stats = _run(meaning, "forward", (query, key, value), query, key, value, captures, sizes, out)
+    return out, stats
+
+
+def _attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    needs: Sequence[bool],
+    spec: str,
+) -> list[Tensor]:
+    """Gradients of query, key and value, and of each capture whose entry of `needs` is True, in this order."""
+    found = _run(
+        from_text(spec), "backward", (query, key, value),
+        grad_out, query, key, value, out, stats, captures, sizes, tuple(needs),
+    )  # fmt: skip
+    wanted = _gradient_shapes(query, key, value, captures, needs)
+    return [own if own.stride() == like.stride() else like.copy_(own) for own, like in zip(found, wanted, strict=True)]
+
+
+def _empty_out(query: Tensor, value: Tensor, layout: str) -> Tensor:
+    sizes = {"b": query.shape[0], "h": query.shape[1], "m": query.shape[2], "e": value.shape[3]}
+    laid_out = torch.empty([sizes[letter] for letter in layout], dtype=value.dtype, device=query.device)
+    return laid_out.permute([layout.index(letter) for letter in "bhme"])
+
+
+def _gradient_shapes(
+    query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """Empty tensors with the gradients' sizes, strides and dtypes: the layout of their inputs where that is dense."""
+    return [
+        torch.empty_like(tensor)
+        for tensor in (query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted))
+    ]
+
+
+def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> Any:
+    """Run on the Triton kernels, or on the chunked path where they cannot run. A failing kernel warns once a spec."""
+    from flashfuse import chunked_attention
+
+    slow: Callable[..., Any] = getattr(chunked_attention, direction)
+    query = tensors[0]
+    if not query.is_cuda and os.environ.get("FLASHFUSE_INTERPRET") != "1":
+        return slow(spec, *arguments)
+    try:
+        from flashfuse.codegen import launch
+
+        reason = launch.unsupported(*tensors)
+        if reason is None:
+            return getattr(launch, direction)(spec, *arguments)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if os.environ.get("FLASHFUSE_STRICT") == "1":
+            raise StrictError(f"the {direction} kernel of {_line(spec)} failed: {reason}") from error
+    _warn_once(spec, direction, reason)
+    return slow(spec, *arguments)
+
+
+def _warn_once(spec: AttentionSpec, direction: str, reason: str) -> None:
+    if spec.key not in _warned:
+        _warned.add(spec.key)
+        warnings.warn(
+            f"flashfuse: the {direction} of {_line(spec)} runs without its Triton kernel, slower: {reason}", stacklevel=3
+        )
+
+
+def _line(spec: AttentionSpec) -> str:
+    """The attention by the user's line, or by its formula."""
+    lines = [statement.source for statement in spec.score.statements if statement.source]
+    return f"the attention at {lines[-1]}" if lines else f"attention {spec.describe()[0][1]}"
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flashfuse::attention", lib=_library)
+def _attention_fake(query, key, value, captures, sizes, spec, layout):  # type: ignore[no-untyped-def]
+    planes = from_text(spec).planes
+    dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
+    return _empty_out(query, value, layout), query.new_empty((planes, *query.shape[:3]), dtype=dtype)
+
+
+@torch.library.register_fake("flashfuse::attention_backward", lib=_library)
+def _attention_backward_fake(  # type: ignore[no-untyped-def]
+    grad_out, query, key, value, out, stats, captures, sizes, needs, spec
+):
+    return _gradient_shapes(query, key, value, captures, needs)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, captures, sizes, spec, _layout = inputs
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(query, key, value, out, stats, *captures)
+    ctx.sizes, ctx.spec = sizes, spec
+    ctx.needs = [capture.requires_grad and capture.is_floating_point() for capture in captures]
+    meaning = from_text(spec)
+    for place, wanted in enumerate(ctx.needs):
+        if wanted and plain_load_letters(meaning, place) is None:
+            name = meaning.captures[place].name
+            raise FlashfuseError(f"capture {name} needs a gradient but is read at computed positions; detach it")
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> tuple[Any, ...]:
+    query, key, value, out, stats, *captures = ctx.saved_tensors
+    found = torch.ops.flashfuse.attention_backward(
+        grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec
+    )
+    rest = iter(found[3:])
+    gradients = [next(rest) if wanted else None for wanted in ctx.needs]
+    # the structure must be that of the inputs; an empty list counts as a list, one of integers as a leaf
+    return found[0], found[1], found[2], gradients, None if ctx.sizes else [], None, None
+
+
+def _no_double_backward(ctx: Any, *_gradients: Any) -> Any:
+    raise FlashfuseError(
+        "a fused attention has no second derivative; compile this model without flashfuse "
+        '(backend="inductor"), or leave the attention out with torch.compiler.disable'
+    )
+
+
+torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("flashfuse::attention_backward", _no_double_backward, lib=_library)
+
+
+# ------------------------------------------------------------------------------------------------ fence
+
+
+_library.impl("fence", torch.clone, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flashfuse::fence", lib=_library)
+def _fence_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+torch.library.register_autograd("flashfuse::fence", lambda ctx, grad: grad, lib=_library)
+
+
+def register_fence_lowering() -> bool:
+    """Let Inductor treat `fence` as nothing at all, after its pattern matchers have run. False if it cannot be told."""
+    try:
+        from torch._inductor.lowering import lowerings, register_lowering
+    except ImportError:
+        return False
+    operator = torch.ops.flashfuse.fence.default
+    if operator not in lowerings:
+        register_lowering(operator, type_promotion_kind=None)(lambda x: x)
+    return True
