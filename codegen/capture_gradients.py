@@ -26,7 +26,7 @@ def gradient_classes(spec: AttentionSpec) -> CaptureGradients:
 
 
 class CaptureBuffers:
-    """`row_partial` `[captures, B, H, M]` and `column_partial` `[captures, B, H, N]` in float32, None where unneeded."""
+    """`row_partial` `[captures, B, H, M]` and `column_partial` `[captures, B, H, N]`, float32, None where unneeded."""
 
     def __init__(self, call: Call, wanted: Sequence[int]) -> None:
         self.call = call

@@ -8,7 +8,7 @@ nothing but Triton and the kernel text in it is, line for line, the text in `ker
 from __future__ import annotations
 
 import ast
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from flashfuse.codegen.score_functions import splice_text
@@ -40,7 +40,7 @@ def _header(spec: AttentionSpec) -> str:
     return "\n".join(line.replace("\\", "/") for line in lines)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel_text(name: str) -> str:
     """A kernel file without its imports; its docstring becomes a comment."""
     text = (KERNELS / f"{name}.py").read_text()
@@ -54,6 +54,6 @@ def _kernel_text(name: str) -> str:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             dropped.update(span)
             comment = [f"# {line}".rstrip() for line in str(node.value.value).strip().splitlines()]
-    kept = [line for number, line in enumerate(lines) if number not in dropped]
+    kept = [line for number, line in enumerate(lines) if number not in dropped and not line.startswith("# ruff:")]
     body = "\n".join(kept).strip("\n")
     return "\n".join([*comment, "", body]) if comment else body

@@ -111,9 +111,7 @@ def backward(
         grad_query = torch.empty((call.B, call.H, call.M, call.D), dtype=query.dtype, device=query.device)
         grad_key = torch.empty((call.B, call.G, call.N, call.D), dtype=key.dtype, device=query.device)
         grad_value = torch.empty((call.B, call.G, call.N, call.E), dtype=value.dtype, device=query.device)
-        call.launch(
-            "grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial)
-        )
+        call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
         call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
         if call.low_rows:
             call.launch(
@@ -248,7 +246,8 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
     return call.module.flashfuse_forward[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
         call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
         *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
-        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, LOW=low,
+        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low,
+        EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO,
         **call.constants, **_options(tile),
     )  # fmt: skip
 
@@ -280,7 +279,8 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
         grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
         *call.shape, call.plane, call.B * call.H * call.N,
-        TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None, **call.constants, **_options(tile),
+        TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None,
+        **call.constants, **_options(tile),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def kernel_module(spec: AttentionSpec, fast_tanh: bool = False) -> ModuleType:
 
 
 def write_module(text: str) -> Path:
-    """Write a module's text under its content hash and return the path; a file that is there and intact is left alone."""
+    """Write a module's text under its content hash and return the path; an intact file is left alone."""
     name = f"attention_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
     failures: list[str] = []
     for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"flashfuse_{os.getuid()}"):

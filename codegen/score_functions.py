@@ -126,7 +126,12 @@ class _Writer:
         parameters = "first, last, b, h, M, N, inputs"
         parts = []
         for name, found, length, purpose in (
-            ("key_range", self.spec.key_ranges, "N", "Keys of queries first..last: possible [lo, hi), certain [full_lo, full_hi)."),
+            (
+                "key_range",
+                self.spec.key_ranges,
+                "N",
+                "Keys of queries first..last: possible [lo, hi), certain [full_lo, full_hi).",
+            ),
             ("query_range", self.spec.query_ranges, "M", "The same with queries and keys exchanged."),
         ):
             if found is None:
@@ -166,13 +171,18 @@ class _Writer:
         returned = ", ".join(f"{self.layout.names[capture]}_sum" for capture in wanted)
         add = function_text(
             f"add_{side}_sums", f"sums, kept, s, grad, {_AT}, WHOLE: tl.constexpr", body,
-            f"({returned}{comma})" if wanted else "sums", "Add the sums over axis 1, where `kept`, of elements' gradients.",
+            f"({returned}{comma})" if wanted else "sums", "Add sums over axis 1, where `kept`, of elements' gradients.",
         )  # fmt: skip
         if side == "row":
             return [start, add, store]
         loads = ", ".join(f"tl.load(partial + {i} * plane, mask=inside, other=0.0)" for i in range(len(wanted)))
         purpose = "What `store_column_sums` stored."
-        return [start, function_text("load_column_sums", "partial, plane, inside", [], f"({loads}{comma})", purpose), add, store]
+        return [
+            start,
+            function_text("load_column_sums", "partial, plane, inside", [], f"({loads}{comma})", purpose),
+            add,
+            store,
+        ]
 
     def tile_gradient(self) -> str:
         body = ["gradient = like(0.0, s)"]

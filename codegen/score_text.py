@@ -22,9 +22,11 @@ COMMENT_COLUMN = 64
 _WIDE = 2**30  # integers from here on are int64, so that a sum of a few cannot leave int32 unseen
 _SMALL_FACTOR = 1024
 _RESERVED = frozenset(
-    "s grad b h m n inside_m inside_n M N inputs first last bounds plane sums kept partial gradient inside queries keys "
-    "query_plane key_plane tl triton".split()
-)
+    {
+        "s", "grad", "b", "h", "m", "n", "inside_m", "inside_n", "M", "N", "inputs", "first", "last", "bounds", "plane",
+        "sums", "kept", "partial", "gradient", "inside", "queries", "keys", "query_plane", "key_plane", "tl", "triton",
+    }
+)  # fmt: skip
 
 
 def identifiers(captures: Sequence[Capture]) -> tuple[str, ...]:

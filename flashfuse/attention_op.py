@@ -1,7 +1,8 @@
 """The operators that a rewritten graph calls: `flashfuse::attention`, its backward, and `flashfuse::fence`.
 
-A call carries the whole spec as text, so that any process, cache or exported program can rebuild the kernel from the call
-alone. On CUDA the Triton kernels run; elsewhere, and wherever they cannot, the chunked torch path gives the same values.
+A call carries the whole spec as text, so that any process, cache or exported program can rebuild the kernel from the
+call alone. On CUDA the Triton kernels run; elsewhere, and wherever they cannot, the chunked torch path gives the same
+values.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _library.define(
 _library.define("fence(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 _warned: set[str] = set()
+_failed: dict[tuple[str, str], str] = {}  # why the kernel of a spec and direction is not tried again
 
 
 # ------------------------------------------------------------------------------------------------ forward and backward
@@ -96,7 +98,7 @@ def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Ten
 
     slow: Callable[..., Any] = getattr(chunked_attention, direction)
     query = tensors[0]
-    if not query.is_cuda and os.environ.get("FLASHFUSE_INTERPRET") != "1":
+    if (not query.is_cuda and os.environ.get("FLASHFUSE_INTERPRET") != "1") or (spec.key, direction) in _failed:
         return slow(spec, *arguments)
     try:
         from flashfuse.codegen import launch
@@ -108,6 +110,8 @@ def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Ten
         reason = f"{type(error).__name__}: {error}"
         if os.environ.get("FLASHFUSE_STRICT") == "1":
             raise StrictError(f"the {direction} kernel of {_line(spec)} failed: {reason}") from error
+        if not isinstance(error, torch.OutOfMemoryError):
+            _failed[spec.key, direction] = reason
     _warn_once(spec, direction, reason)
     return slow(spec, *arguments)
 
@@ -116,7 +120,8 @@ def _warn_once(spec: AttentionSpec, direction: str, reason: str) -> None:
     if spec.key not in _warned:
         _warned.add(spec.key)
         warnings.warn(
-            f"flashfuse: the {direction} of {_line(spec)} runs without its Triton kernel, slower: {reason}", stacklevel=3
+            f"flashfuse: the {direction} of {_line(spec)} runs without its Triton kernel, slower: {reason}",
+            stacklevel=3,
         )
 
 
@@ -133,7 +138,7 @@ _library.impl("attention_backward", _attention_backward, "CompositeExplicitAutog
 @torch.library.register_fake("flashfuse::attention", lib=_library)
 def _attention_fake(query, key, value, captures, sizes, spec, layout):  # type: ignore[no-untyped-def]
     planes = from_text(spec).planes
-    dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
+    dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
     return _empty_out(query, value, layout), query.new_empty((planes, *query.shape[:3]), dtype=dtype)
 
 

@@ -1,7 +1,7 @@
 """Which keys each chunk of queries has to look at, for `flashfuse.chunked_attention`.
 
-All chunks are worked out at once, in integers: the closed-form `spec.key_ranges` first, then, for predicates over captured
-vectors, the interval evaluation `spec.certainty` over blocks of keys.
+All chunks are worked out at once, in integers: the closed-form `spec.key_ranges` first, then, for predicates over
+captured vectors, the interval evaluation `spec.certainty` over blocks of keys.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.ranges import Bounded
 from flashfuse.ir.score_ops import Kind
@@ -125,7 +126,7 @@ def _sharpened(table: Tensor, other: Tensor) -> Tensor:
 
 
 class _Leaves:
-    """Values of leaves that do not need scores. Indices are `[B, 1, ...]` and `[1, H, ...]`, with `trailing` more axes."""
+    """Values of leaves without scores. Index b is `[B, 1, ...]`, h `[1, H, ...]`, with `trailing` more axes."""
 
     def __init__(self, shape: Shape, captures: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> None:
         self.shape, self.captures, self.sizes, self.dtype = shape, captures, sizes, dtype
@@ -175,8 +176,8 @@ def _alone(keep: ScoreProgram, statement: Statement) -> ScoreProgram:
 
 def _by_certainty(spec: AttentionSpec, leaves: _Leaves, rows: int, chunks: int) -> Tensor:
     shape, keep = leaves.shape, spec.split.keep
-    assert spec.certainty is not None
-    assert keep is not None
+    if spec.certainty is None or keep is None:
+        raise InternalError("interval evaluation needs a predicate")
     width = max(KEY_BLOCK, -(-shape.N // _KEY_BLOCKS))
     vectors: dict[Statement, Tensor] = {}
 

@@ -6,11 +6,11 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from flashfuse.errors import OptionError
 
-Inner = Union[str, Callable[..., Any]]
+Inner = str | Callable[..., Any]
 INNER_NAMES = ("inductor", "aot_eager", "eager")
 SDPA_CHOICES = ("auto", "always", "never")
 
@@ -49,7 +49,9 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise OptionError(f"option strict={strict!r} must be True or False")
     sdpa = own.get("sdpa", "auto")
     if sdpa not in SDPA_CHOICES:
-        raise OptionError(f"option sdpa={sdpa!r} is none of {', '.join(SDPA_CHOICES)}" + did_you_mean(str(sdpa), SDPA_CHOICES))
+        raise OptionError(
+            f"option sdpa={sdpa!r} is none of {', '.join(SDPA_CHOICES)}" + did_you_mean(str(sdpa), SDPA_CHOICES)
+        )
     if given:
         _check_inductor_names(given)
     return Options(inner, strict, sdpa, mode, given)

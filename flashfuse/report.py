@@ -51,7 +51,9 @@ class Report:
         """The report as JSON text."""
         rows = [_site_json(site) for site in self.sites]
         failures = [graph.failure for graph in self.graphs if graph.failure]
-        return json.dumps({"sites": rows, "failures": failures, "other_softmaxes": self.others, "error": self.error}, indent=2)
+        return json.dumps(
+            {"sites": rows, "failures": failures, "other_softmaxes": self.others, "error": self.error}, indent=2
+        )
 
     def __str__(self) -> str:
         lines = [_versions(), self._summary()]

@@ -71,7 +71,9 @@ class Rewriter:
 
     def fence(self, anchor: fx.Node) -> bool:
         """Hide a softmax's result from Inductor's own attention matcher. False if the graph does not name it."""
-        origins = [o for o in self.form.origins.get(anchor, ()) if o.node is self.form.produced.get(anchor) and not o.path]
+        origins = [
+            o for o in self.form.origins.get(anchor, ()) if o.node is self.form.produced.get(anchor) and not o.path
+        ]
         if not origins or self.copies[origins[0].node].graph is not self.graph:
             return False
         target = self.copies[origins[0].node]

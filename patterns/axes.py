@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -34,7 +34,7 @@ class Axis:
         return f"{self.name}:{self.size}"
 
 
-Dim = Union[tuple[Axis, ...], Value]
+Dim = tuple[Axis, ...] | Value
 Index = tuple[Dim, ...]
 
 

@@ -283,9 +283,7 @@ def _is_mask(value: Value) -> bool:
 def _bounds_positions(value: Value) -> bool:
     """Whether a predicate reads data by batch and head only, like `n < lengths[b]`: then it has a closed form."""
     if value.statement.op == "load":
-        return all(
-            operand.statement.op == "const" or operand.statement.attribute in ("b", "h") for operand in value.operands
-        )
+        return all(operand.statement.op == "const" or operand.statement.attribute in ("b", "h") for operand in value.operands)
     return all(_bounds_positions(operand) for operand in value.operands)
 
 

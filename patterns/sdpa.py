@@ -17,11 +17,11 @@ from flashfuse.ir.derivative import index_letters
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import Value
 from flashfuse.patterns import axes, contraction
-from flashfuse.patterns.attention import (
-    Frame, Match, Roles, assemble, check_capabilities, check_gradients, solve_roles,
-)  # fmt: skip
+from flashfuse.patterns.attention import Match, assemble, check_capabilities, check_gradients
 from flashfuse.patterns.calls import Call, bind, is_tensor, shape, value_of
+from flashfuse.patterns.frame import Frame
 from flashfuse.patterns.operands import peel
+from flashfuse.patterns.roles import Roles, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, folded
 from flashfuse.refusal import Refused
 
@@ -136,4 +136,3 @@ def _letters(spec: AttentionSpec, capture: int) -> set[str]:
         if statement.op == "load" and statement.attribute == capture
         for letter in index_letters(spec.score, number)
     }
-

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from flashfuse.patterns.attention import SOFTMAX, Match, read_softmax
+from flashfuse.patterns.attention import Match, read_softmax
 from flashfuse.patterns.axes import LayoutError
 from flashfuse.patterns.calls import is_tensor
 from flashfuse.patterns.contraction import is_product
+from flashfuse.patterns.frame import SOFTMAX
 from flashfuse.patterns.score_cone import describe, user_line
 from flashfuse.patterns.sdpa import SDPA, read_sdpa
 from flashfuse.refusal import Refusal, Refused
@@ -29,9 +30,7 @@ class Site:
     found: Match | Refusal
 
 
-def find_attention(
-    graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool], sdpa: str = "auto"
-) -> list[Site]:
+def find_attention(graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool], sdpa: str = "auto") -> list[Site]:
     """Read every softmax, SDPA call and opaque attention call of a normal form, in graph order.
 
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.

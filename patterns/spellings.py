@@ -471,14 +471,8 @@ _MADE = (
     Row(aten.new_full.default, (*_SELF, "size", "fill_value", "dtype"), lift=_filled(None)),
     Row(aten.full_like.default, (*_SELF, "fill_value", "dtype"), lift=_filled(None)),
     *(Row(t, ("size", "dtype"), lift=_filled(v)) for t, v in ((aten.zeros.default, 0), (aten.ones.default, 1))),
-    *(
-        Row(t, (*_SELF, "size", "dtype"), lift=_filled(v))
-        for t, v in ((aten.new_zeros.default, 0), (aten.new_ones.default, 1))
-    ),
-    *(
-        Row(t, (*_SELF, "dtype"), lift=_filled(v))
-        for t, v in ((aten.zeros_like.default, 0), (aten.ones_like.default, 1))
-    ),
+    *(Row(t, (*_SELF, "size", "dtype"), lift=_filled(v)) for t, v in ((aten.new_zeros.default, 0), (aten.new_ones.default, 1))),
+    *(Row(t, (*_SELF, "dtype"), lift=_filled(v)) for t, v in ((aten.zeros_like.default, 0), (aten.ones_like.default, 1))),
     Row(aten.scalar_tensor.default, ("s", "dtype"), lift=_scalar_tensor),
     Row(aten.tril.default, (*_SELF, "diagonal"), lift=_triangle(lower=True), makes_mask=True),
     Row(aten.triu.default, (*_SELF, "diagonal"), lift=_triangle(lower=False), makes_mask=True),

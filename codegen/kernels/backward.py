@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102, SIM108 -- a branch on a constexpr must be a statement of its own
 """Backward: recompute the probabilities from the row statistics (FlashAttention-2, Algorithm 2), in three kernels.
 
 `flashfuse_delta` prepares the rows, `flashfuse_grad_key_value` owns a block of keys and loops over queries in the
@@ -8,7 +9,24 @@ queries and loops over keys. No atomics: equal inputs give equal gradients, bit 
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.plain_score import FACTOR, SCALE, add_column_sums, add_row_sums, keep, kept_gradient, kept_score, key_range, load_column_sums, query_range, score, score_gradient, start_column_sums, start_row_sums, store_column_sums, store_row_sums  # noqa: E501  # SPLICE
+from flashfuse.codegen.kernels.plain_score import (
+    FACTOR,
+    SCALE,
+    add_column_sums,
+    add_row_sums,
+    keep,
+    kept_gradient,
+    kept_score,
+    key_range,
+    load_column_sums,
+    query_range,
+    score,
+    score_gradient,
+    start_column_sums,
+    start_row_sums,
+    store_column_sums,
+    store_row_sums,
+)  # SPLICE
 from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, store_tile, with_table
 
 
@@ -29,9 +47,7 @@ def flashfuse_delta(
     row = first + tl.arange(0, BLOCK_M)
     place = tl.cast(head, tl.int64) * M + row
     o = load_tile(out + b_wide * out_b + h_wide * out_h + first_wide * out_m, out_m, M - first, E, BLOCK_M, E_PAD, True)
-    g = load_tile(
-        grad_out + b_wide * grad_b + h_wide * grad_h + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, True
-    )
+    g = load_tile(grad_out + b_wide * grad_b + h_wide * grad_h + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, True)
     tl.store(delta + place, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=row < M)
     if FLAGS:
         shift = tl.load(stats + plane + place, mask=row < M, other=0.0)
@@ -306,8 +322,8 @@ def flashfuse_grad_key_value(
             lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
         lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_M)
         dk, dv, sums = descend_queries(
-            dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane, lo, hi, full_lo, full_hi,
-            b, h, n, inside_n, M, N, inputs,
+            dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
+            lo, hi, full_lo, full_hi, b, h, n, inside_n, M, N, inputs,
             D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SUMS, PRECISION,
         )  # fmt: skip
         if SUMS:

@@ -68,9 +68,7 @@ def flashfuse_block_table(
             inside = other < blocks
             query_place = queries + (other if KEYS else own + other * 0)
             key_place = keys + (own + other * 0 if KEYS else other)
-            certain, possible = block_certainty(
-                query_place, query_plane, key_place, key_plane, inside, b, h, M, N, inputs
-            )
+            certain, possible = block_certainty(query_place, query_plane, key_place, key_plane, inside, b, h, M, N, inputs)
             stops = inside & (other > full_lo) & (tl.where(inside & certain, 1, 0) == 0)
             uncertain = tl.minimum(uncertain, tl.where(stops, other, 2147483647))
     full_hi = tl.minimum(tl.min(uncertain, 0), blocks)

@@ -1,6 +1,7 @@
+# ruff: noqa: SIM102, SIM108 -- a branch on a constexpr must be a statement of its own
 """Forward: one program for a block of queries of one head, walking over the keys that its mask can keep.
 
-FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the accumulator a block, one division at the end.
+FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the accumulator a block, one division last.
 """
 
 import triton

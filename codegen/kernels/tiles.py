@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
 """Loading tiles and walking blocks, for all kernels."""
 
 import triton

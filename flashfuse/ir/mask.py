@@ -115,10 +115,7 @@ def _strip_add(value: Value, a: _Stripped, b: _Stripped) -> _Stripped:
         return _Stripped(None, None, max(side.fill for side in (a, b) if side.kept is None))
     if a.keep is None and b.keep is None:
         return _Stripped(value, None, float("-inf"))
-    if a.keep is not None and b.keep is not None:
-        keep = a.keep & b.keep
-    else:
-        keep = a.keep or b.keep  # type: ignore[assignment]
+    keep = a.keep & b.keep if a.keep is not None and b.keep is not None else a.keep or b.keep
     kept = next(
         (other.kept for one, other in ((a, b), (b, a)) if one.kept is not None and one.kept.constant == 0.0),
         None,

@@ -14,16 +14,16 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Union
+from functools import cache
+from typing import Any
 
 import torch
 
 from flashfuse.errors import InternalError
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
 
-Number = Union[int, float, bool]
-Attribute = Union[int, float, bool, str, None]
+Number = int | float | bool
+Attribute = int | float | bool | str | None
 
 INDICES = ("b", "h", "m", "n")
 LENGTHS = ("M", "N")
@@ -184,7 +184,7 @@ def from_json(value: Mapping[str, Any]) -> ScoreProgram:
 
 
 def _formula(program: ScoreProgram, result: int, captures: tuple[str, ...]) -> str:
-    @lru_cache(maxsize=None)
+    @cache
     def text(number: int) -> str:
         statement = program.statements[number]
         operands = [text(operand) for operand in statement.operands]
@@ -368,7 +368,9 @@ class Builder:
             self._known[statement] = number
         return Value(self, number)
 
-    def leaf(self, op: str, attribute: Attribute = None, kind: Kind | None = None, operands: Sequence[Value] = ()) -> Value:
+    def leaf(
+        self, op: str, attribute: Attribute = None, kind: Kind | None = None, operands: Sequence[Value] = ()
+    ) -> Value:
         kind = kind or LEAVES[op].kind
         if kind is None:
             raise InternalError(f"leaf {op} needs a kind")
@@ -383,7 +385,9 @@ class Builder:
     def op(self, name: str, *operands: Value | Number) -> Value:
         """Apply a row. Python numbers become constants of the kind that the row or the other operands ask for."""
         row = SCORE_OPS[name]
-        free = next((v.kind for v, k in zip(operands, row.operands, strict=True) if isinstance(v, Value) and k is None), None)
+        free = next(
+            (v.kind for v, k in zip(operands, row.operands, strict=True) if isinstance(v, Value) and k is None), None
+        )
         values = tuple(
             operand if isinstance(operand, Value) else self.const(operand, wanted or free)
             for operand, wanted in zip(operands, row.operands, strict=True)
@@ -446,7 +450,8 @@ class Builder:
     def _constant_result(self, name: str, constants: Sequence[Number | None]) -> Value:
         row = SCORE_OPS[name]
         tensors = [
-            torch.tensor(constant, dtype=torch.float64 if isinstance(constant, float) else None) for constant in constants
+            torch.tensor(constant, dtype=torch.float64 if isinstance(constant, float) else None)
+            for constant in constants
         ]
         value = row.torch(*tensors).item()
         kind = row.result or {bool: Kind.BOOL, int: Kind.INT, float: Kind.FLOAT}[type(value)]

@@ -54,10 +54,8 @@ def _mask_case(
     """A masked, scaled case. `keep(captures, sizes, indices)` is the dense predicate."""
     p = Program()
     kept = make(p)
-    if additive:
-        result = p.s * 0.25 + p.masked(kept, p.builder.const(0.0), fill)  # type: ignore[arg-type]
-    else:
-        result = p.masked(kept, p.s * 0.25, fill)  # type: ignore[arg-type]
+    added = p.s * 0.25 + p.masked(kept, p.builder.const(0.0), fill)  # type: ignore[arg-type]
+    result = added if additive else p.masked(kept, p.s * 0.25, fill)  # type: ignore[arg-type]
 
     def dense(s: Tensor, captures: list[Tensor], sizes: tuple[int, ...], indices: tuple[Tensor, ...]) -> Tensor:
         mask = keep(captures, sizes, indices)
@@ -103,69 +101,182 @@ def _masks() -> list[Case]:
         _mask_case("causal_additive", lambda p: p.n <= p.m, causal, EXACT, fill=LOWEST, additive=True, shape=LONG),
         _mask_case("causal_end", offset, lambda c, z, i: i[3] <= i[2] + 5, IMPOSSIBLE, shape=LONG),
         _mask_case("causal_end_short", offset, lambda c, z, i: i[3] <= i[2] - 30, ZERO, shape=(1, 2, 2, 70, 40, 16, 16)),
-        _mask_case("window", lambda p: (p.n <= p.m) & (p.m - p.n < 20), lambda c, z, i: (i[3] <= i[2]) & (i[2] - i[3] < 20),
-                   IMPOSSIBLE, shape=(1, 2, 1, 75, 75, 16, 16)),
-        _mask_case("window_sides", lambda p: (p.n - p.m <= 9) & (p.m - p.n <= p.size(0)),
-                   lambda c, z, i: (i[3] - i[2] <= 9) & (i[2] - i[3] <= z[0]), IMPOSSIBLE, sizes=(33,), shape=square),
+        _mask_case(
+            "window",
+            lambda p: (p.n <= p.m) & (p.m - p.n < 20),
+            lambda c, z, i: (i[3] <= i[2]) & (i[2] - i[3] < 20),
+            IMPOSSIBLE,
+            shape=(1, 2, 1, 75, 75, 16, 16),
+        ),
+        _mask_case(
+            "window_sides",
+            lambda p: (p.n - p.m <= 9) & (p.m - p.n <= p.size(0)),
+            lambda c, z, i: (i[3] - i[2] <= 9) & (i[2] - i[3] <= z[0]),
+            IMPOSSIBLE,
+            sizes=(33,),
+            shape=square,
+        ),
         _mask_case("window_unbounded", lambda p: (p.n <= p.m) & (p.m - p.n < p.size(0)), causal, IMPOSSIBLE, sizes=(2**31 - 1,)),
         _mask_case("prefix", prefix, lambda c, z, i: (i[3] <= i[2]) | (i[3] < z[0]), IMPOSSIBLE, sizes=(41,), shape=square),
-        _mask_case("lengths", lambda p: p.n < p.capture("lengths", Kind.INT, p.b), lambda c, z, i: i[3] < c[0][:, None, None, None],
-                   IMPOSSIBLE, captures=bounds(20, 75, 2), shape=square),
-        _mask_case("padding", lambda p: p.capture("padding", Kind.BOOL, p.b, p.n), lambda c, z, i: c[0][:, None, None, :],
-                   IMPOSSIBLE, captures=padding, shape=square),
-        _mask_case("padding_zero", lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
-                   lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]), ZERO, captures=left_padding, shape=square),
-        _mask_case("padding_infinite", lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
-                   lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]), EXACT, captures=left_padding, shape=square),
-        _mask_case("padding_finite", lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
-                   lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]), EXACT, fill=LOWEST, captures=left_padding, shape=square),
-        _mask_case("padding_additive", lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
-                   lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]), EXACT, fill=-1e9, additive=True,
-                   reference=torch.float32, captures=left_padding, shape=square),
-        _mask_case("documents", documents, lambda c, z, i: c[0][:, None, :, None] == c[0][:, None, None, :], IMPOSSIBLE,
-                   captures=sorted_documents, shape=square),
-        _mask_case("documents_causal", lambda p: documents(p) & (p.n <= p.m),  # type: ignore[operator]
-                   lambda c, z, i: (c[0][:, None, :, None] == c[0][:, None, None, :]) & (i[3] <= i[2]), EXACT,
-                   captures=sorted_documents, shape=square),
-        _mask_case("tensor_mask", lambda p: p.capture("mask", Kind.BOOL, p.zero, p.h, p.m, p.n), lambda c, z, i: c[0], EXACT,
-                   captures=lambda g: [torch.rand(1, 2, 37, 37, generator=g) < 0.1]),
-        _mask_case("every_other", lambda p: (p.m - p.n).apply("mod", p.m - p.n, 3).eq(1), lambda c, z, i: (i[2] - i[3]) % 3 == 1,
-                   ZERO, shape=SMALL),
-    ]  # fmt: skip
+        _mask_case(
+            "lengths",
+            lambda p: p.n < p.capture("lengths", Kind.INT, p.b),
+            lambda c, z, i: i[3] < c[0][:, None, None, None],
+            IMPOSSIBLE,
+            captures=bounds(20, 75, 2),
+            shape=square,
+        ),
+        _mask_case(
+            "padding",
+            lambda p: p.capture("padding", Kind.BOOL, p.b, p.n),
+            lambda c, z, i: c[0][:, None, None, :],
+            IMPOSSIBLE,
+            captures=padding,
+            shape=square,
+        ),
+        _mask_case(
+            "padding_zero",
+            lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
+            lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]),
+            ZERO,
+            captures=left_padding,
+            shape=square,
+        ),
+        _mask_case(
+            "padding_infinite",
+            lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
+            lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]),
+            EXACT,
+            captures=left_padding,
+            shape=square,
+        ),
+        _mask_case(
+            "padding_finite",
+            lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
+            lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]),
+            EXACT,
+            fill=LOWEST,
+            captures=left_padding,
+            shape=square,
+        ),
+        _mask_case(
+            "padding_additive",
+            lambda p: p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m),
+            lambda c, z, i: c[0][:, None, None, :] & (i[3] <= i[2]),
+            EXACT,
+            fill=-1e9,
+            additive=True,
+            reference=torch.float32,
+            captures=left_padding,
+            shape=square,
+        ),
+        _mask_case(
+            "documents",
+            documents,
+            lambda c, z, i: c[0][:, None, :, None] == c[0][:, None, None, :],
+            IMPOSSIBLE,
+            captures=sorted_documents,
+            shape=square,
+        ),
+        _mask_case(
+            "documents_causal",
+            lambda p: documents(p) & (p.n <= p.m),  # type: ignore[operator]
+            lambda c, z, i: (c[0][:, None, :, None] == c[0][:, None, None, :]) & (i[3] <= i[2]),
+            EXACT,
+            captures=sorted_documents,
+            shape=square,
+        ),
+        _mask_case(
+            "tensor_mask",
+            lambda p: p.capture("mask", Kind.BOOL, p.zero, p.h, p.m, p.n),
+            lambda c, z, i: c[0],
+            EXACT,
+            captures=lambda g: [torch.rand(1, 2, 37, 37, generator=g) < 0.1],
+        ),
+        _mask_case(
+            "every_other",
+            lambda p: (p.m - p.n).apply("mod", p.m - p.n, 3).eq(1),
+            lambda c, z, i: (i[2] - i[3]) % 3 == 1,
+            ZERO,
+            shape=SMALL,
+        ),
+    ]
 
 
 def _scores() -> list[Case]:
     cases = []
     p = Program()
     capped = (p.s * 0.2).apply("tanh", p.s * 0.2) * 5.0
-    cases.append(Case("softcap", p.spec(p.masked(p.n <= p.m, capped, NEVER), IMPOSSIBLE),
-                      lambda s, c, z, i: torch.where(i[3] <= i[2], (s * 0.2).tanh() * 5.0, torch.full((), NEVER, dtype=s.dtype, device=s.device)),
-                      shape=LONG))
+    cases.append(
+        Case(
+            "softcap",
+            p.spec(p.masked(p.n <= p.m, capped, NEVER), IMPOSSIBLE),
+            lambda s, c, z, i: torch.where(
+                i[3] <= i[2], (s * 0.2).tanh() * 5.0, torch.full((), NEVER, dtype=s.dtype, device=s.device)
+            ),
+            shape=LONG,
+        )
+    )
     p = Program()
     slope = p.capture("slopes", Kind.FLOAT, p.h)
-    cases.append(Case("alibi", p.spec(p.masked(p.n <= p.m, p.s * 0.25 + slope * _f(p.n - p.m), NEVER), IMPOSSIBLE),
-                      lambda s, c, z, i: torch.where(i[3] <= i[2], s * 0.25 + c[0][:, None, None] * (i[3] - i[2]).to(s.dtype),
-                                                     torch.full((), NEVER, dtype=s.dtype, device=s.device)),
-                      lambda g: [torch.rand(2, generator=g)], shape=LONG, needs=(True,)))
+    cases.append(
+        Case(
+            "alibi",
+            p.spec(p.masked(p.n <= p.m, p.s * 0.25 + slope * _f(p.n - p.m), NEVER), IMPOSSIBLE),
+            lambda s, c, z, i: torch.where(
+                i[3] <= i[2],
+                s * 0.25 + c[0][:, None, None] * (i[3] - i[2]).to(s.dtype),
+                torch.full((), NEVER, dtype=s.dtype, device=s.device),
+            ),
+            lambda g: [torch.rand(2, generator=g)],
+            shape=LONG,
+            needs=(True,),
+        )
+    )
     p = Program()
     scale = p.capture("scale", Kind.FLOAT)
-    cases.append(Case("learned_scale", p.spec(p.s * scale, IMPOSSIBLE), lambda s, c, z, i: s * c[0],
-                      lambda g: [torch.rand((), generator=g)], needs=(True,)))
+    cases.append(
+        Case(
+            "learned_scale",
+            p.spec(p.s * scale, IMPOSSIBLE),
+            lambda s, c, z, i: s * c[0],
+            lambda g: [torch.rand((), generator=g)],
+            needs=(True,),
+        )
+    )
     for name, letters, shape in (
-        ("bias_full", "bhmn", (2, 2, 37, 37)), ("bias_heads", "0hmn", (1, 2, 37, 37)), ("bias_batch", "b0mn", (2, 1, 37, 37)),
-        ("bias_shared", "mn", (37, 37)), ("bias_transposed", "nm", (37, 37)),
+        ("bias_full", "bhmn", (2, 2, 37, 37)),
+        ("bias_heads", "0hmn", (1, 2, 37, 37)),
+        ("bias_batch", "b0mn", (2, 1, 37, 37)),
+        ("bias_shared", "mn", (37, 37)),
+        ("bias_transposed", "nm", (37, 37)),
     ):
         p = Program()
         letter = {"b": p.b, "h": p.h, "m": p.m, "n": p.n, "0": p.zero}
         bias = p.capture("bias", Kind.FLOAT, *(letter[x] for x in letters))
         spec = p.spec(p.s * 0.25 + bias, IMPOSSIBLE if name != "bias_heads" else EXACT)
-        cases.append(Case(name, spec, lambda s, c, z, i, name=name: s * 0.25 + (c[0].mT if name == "bias_transposed" else c[0]),
-                          lambda g, shape=shape: [torch.randn(shape, generator=g)], needs=(True,)))
+        cases.append(
+            Case(
+                name,
+                spec,
+                lambda s, c, z, i, name=name: s * 0.25 + (c[0].mT if name == "bias_transposed" else c[0]),
+                lambda g, shape=shape: [torch.randn(shape, generator=g)],
+                needs=(True,),
+            )
+        )
     p = Program()
     masked_bias = p.capture("bias", Kind.FLOAT, p.m, p.n)
-    cases.append(Case("bias_causal", p.spec(p.masked(p.n <= p.m - 3, p.s * 0.25 + masked_bias, LOWEST)),
-                      lambda s, c, z, i: torch.where(i[3] <= i[2] - 3, s * 0.25 + c[0], torch.full((), LOWEST, dtype=s.dtype, device=s.device)),
-                      lambda g: [torch.randn(40, 37, generator=g)[:37]], needs=(True,)))
+    cases.append(
+        Case(
+            "bias_causal",
+            p.spec(p.masked(p.n <= p.m - 3, p.s * 0.25 + masked_bias, LOWEST)),
+            lambda s, c, z, i: torch.where(
+                i[3] <= i[2] - 3, s * 0.25 + c[0], torch.full((), LOWEST, dtype=s.dtype, device=s.device)
+            ),
+            lambda g: [torch.randn(40, 37, generator=g)[:37]],
+            needs=(True,),
+        )
+    )
     p = Program()
     low_bias = p.capture("bias", Kind.FLOAT, p.b, p.zero, p.zero, p.n)
 
@@ -178,22 +289,42 @@ def _scores() -> list[Case]:
     cases.append(Case("float_mask", p.spec(p.s * 0.25 + low_bias), lambda s, c, z, i: s * 0.25 + c[0], low_rows))
     p = Program()
     low_bias = p.capture("bias", Kind.FLOAT, p.b, p.zero, p.zero, p.n)
-    cases.append(Case("float_mask_causal", p.spec(p.masked(p.n <= p.m, p.s * 0.25 + low_bias, NEVER)),
-                      lambda s, c, z, i: torch.where(i[3] <= i[2], s * 0.25 + c[0], torch.full((), NEVER, dtype=s.dtype, device=s.device)), low_rows))
+    cases.append(
+        Case(
+            "float_mask_causal",
+            p.spec(p.masked(p.n <= p.m, p.s * 0.25 + low_bias, NEVER)),
+            lambda s, c, z, i: torch.where(i[3] <= i[2], s * 0.25 + c[0], torch.full((), NEVER, dtype=s.dtype, device=s.device)),
+            low_rows,
+        )
+    )
     p = Program()
     column, row = p.capture("column", Kind.FLOAT, p.h, p.n), p.capture("row", Kind.FLOAT, p.b, p.m)
     x = p.s * row + column * column
-    cases.append(Case("row_and_column", p.spec(p.masked(p.n <= p.m - 2, x, LOWEST)),
-                      lambda s, c, z, i: torch.where(i[3] <= i[2] - 2, s * c[1][:, None, :, None] + c[0][None, :, None, :] ** 2,
-                                                     torch.full((), LOWEST, dtype=s.dtype, device=s.device)),
-                      lambda g: [torch.randn(2, 37, generator=g), torch.rand(2, 37, generator=g)], needs=(True, True)))
+    cases.append(
+        Case(
+            "row_and_column",
+            p.spec(p.masked(p.n <= p.m - 2, x, LOWEST)),
+            lambda s, c, z, i: torch.where(
+                i[3] <= i[2] - 2,
+                s * c[1][:, None, :, None] + c[0][None, :, None, :] ** 2,
+                torch.full((), LOWEST, dtype=s.dtype, device=s.device),
+            ),
+            lambda g: [torch.randn(2, 37, generator=g), torch.rand(2, 37, generator=g)],
+            needs=(True, True),
+        )
+    )
     p = Program()
     table = p.declare("table", Kind.FLOAT, 2)
     place = (p.n - p.m).apply("maximum", (p.n - p.m).apply("minimum", p.n - p.m, 8), -8) + 8
-    cases.append(Case("relative", p.spec(p.s * 0.25 + p.load(table, p.h, place), IMPOSSIBLE),
-                      lambda s, c, z, i: s * 0.25 + c[0][:, ((i[3] - i[2]).clamp(-8, 8) + 8)[0, 0]],
-                      lambda g: [torch.randn(2, 17, generator=g)]))
-    return cases  # fmt: skip
+    cases.append(
+        Case(
+            "relative",
+            p.spec(p.s * 0.25 + p.load(table, p.h, place), IMPOSSIBLE),
+            lambda s, c, z, i: s * 0.25 + c[0][:, ((i[3] - i[2]).clamp(-8, 8) + 8)[0, 0]],
+            lambda g: [torch.randn(2, 17, generator=g)],
+        )
+    )
+    return cases
 
 
 CASES = [*_plain(), *_masks(), *_scores()]

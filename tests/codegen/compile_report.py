@@ -68,7 +68,13 @@ def named_spec(name: str) -> AttentionSpec:
 
 
 def compile_kernel(
-    spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, tile: Tile | None = None, even: bool = False
+    spec: AttentionSpec,
+    kernel: str,
+    target: int,
+    dtype: str,
+    head_dim: int,
+    tile: Tile | None = None,
+    even: bool = False,
 ) -> dict[str, object]:
     """Registers, spills, shared memory and advisories of one kernel in its default tile."""
     itemsize = 4 if dtype == "fp32" else 2
@@ -76,10 +82,12 @@ def compile_kernel(
     tile = tile or getattr(kernel_plan(divmod(target, 10), itemsize, head_dim, heavy), kernel.removesuffix("_low"))[0]
     module = kernel_module(spec, fast_tanh=itemsize == 2)
     function = getattr(module, KERNELS[kernel])
+    tabled = tells_something(spec) and not kernel.endswith("_low")
+    table_rows = (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tabled else 0
     padded = max(16, 1 << (head_dim - 1).bit_length())
     constants = {
-        "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "TABLE_ROWS": (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tells_something(spec) and not kernel.endswith("_low") else 0,
+        "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": table_rows,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
         "SUMS": False, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
     }  # fmt: skip
@@ -107,12 +115,15 @@ def compile_kernel(
     }
     place = function.arg_names.index("inputs")
     attributes.update({(place, i): aligned for i in range(len(inputs))})
-    source = ASTSource(
-        function, signature, {n: v for n, v in constants.items() if n in function.arg_names}, attributes
-    )
+    source = ASTSource(function, signature, {n: v for n, v in constants.items() if n in function.arg_names}, attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return {"kernel": kernel, "tile": str(tile), "shared": compiled.metadata.shared, **_assembled(compiled.asm["ptx"], target)}
+    return {
+        "kernel": kernel,
+        "tile": str(tile),
+        "shared": compiled.metadata.shared,
+        **_assembled(compiled.asm["ptx"], target),
+    }
 
 
 def _assembled(ptx: str, target: int) -> dict[str, object]:
@@ -126,17 +137,24 @@ def _assembled(ptx: str, target: int) -> dict[str, object]:
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
     advisories = sorted(set(re.findall(r"C75\d\d", done.stderr)))
-    if "-v" in sys.argv: print(done.stderr)
-    return {"registers": max(registers), "spill": max(spills), "advisories": advisories, "wgmma": ptx.count("wgmma.mma_async")}
+    return {
+        "registers": max(registers),
+        "spill": max(spills),
+        "advisories": advisories,
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
 
 
 def main() -> None:
     target, dtype, head_dim, name = int(sys.argv[1].removeprefix("sm_")), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    kernels = [a for a in sys.argv[5:] if a != "-v"] or ["forward", "grad_query", "grad_key_value"]
+    kernels = sys.argv[5:] or ["forward", "grad_query", "grad_key_value"]
     for kernel in kernels:
         kernel, *numbers = kernel.split(":")
         tile = Tile(*(int(n) for n in numbers[0].split(","))) if numbers else None
-        print(json.dumps({"spec": name, **compile_kernel(named_spec(name), kernel, target, dtype, head_dim, tile)}), flush=True)
+        print(
+            json.dumps({"spec": name, **compile_kernel(named_spec(name), kernel, target, dtype, head_dim, tile)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Program:
 class Case:
     """One attention: a spec, shapes, and captures made from a generator. `dense` computes final scores from raw ones.
 
-    `dense(s, captures, sizes, indices)` works on float64 `[B, H, M, N]` scores; it is written in the test in plain torch
+    `dense(s, captures, sizes, indices)` works on float64 `[B, H, M, N]` scores; it is plain torch
     and knows nothing of score programs.
     """
 
@@ -113,7 +113,7 @@ def make_inputs(case: Case, dtype: torch.dtype, value_dtype: torch.dtype | None 
 
 def dense_attention(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients [dq, dk, dv, *needed captures] of the dense computation, all in `dtype`."""
-    B, H, G, M, N, D, E = case.shape
+    B, H, G, M, N, _, _ = case.shape
     leaves = [t.detach().to(dtype).requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     captures = [
         c.detach().to(dtype if c.is_floating_point() else c.dtype).requires_grad_(needed)
@@ -134,6 +134,4 @@ def dense_attention(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Ten
     out = p @ value
     wanted = [*leaves, *(c for c in captures if c.requires_grad)]
     gradients = torch.autograd.grad(out, wanted, inputs.grad_out.to(dtype), allow_unused=True)
-    return out.detach(), [
-        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, gradients, strict=True)
-    ]
+    return out.detach(), [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, gradients, strict=True)]

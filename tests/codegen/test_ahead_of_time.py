@@ -43,3 +43,18 @@ def test_compiles_without_spills(
         assert report["spill"] <= MAX_SPILL, report
         assert not report["advisories"], report
         assert report["wgmma"] > 0 or target != "sm_90" or dtype == "fp32", report
+
+
+def test_real_launches_compile(tmp_path: Path) -> None:
+    """Through the launcher, with lengths, heads and strides of 1 as the constants that Triton makes of them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal"]
+    command = [sys.executable, str(SCRIPT.with_name("compile_launches.py")), "sm_90", "bf16", *cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {line.split()[0] for line in done.stdout.splitlines()} == set(cases)
+    assert set(done.stdout.split()) - set(cases) == {
+        "flashfuse_forward", "flashfuse_delta", "flashfuse_grad_query", "flashfuse_grad_key_value", "flashfuse_grad_capture",
+        "flashfuse_add_low_queries", "flashfuse_block_bounds", "flashfuse_block_table",
+    }  # fmt: skip

@@ -83,6 +83,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_kernel_files_run_on_their_own() -> None:
-    command = "from flashfuse.codegen.kernels import forward, backward, capture_gradient, block_table; print(forward.flashfuse_forward.fn.__name__)"
+    imports = "from flashfuse.codegen.kernels import backward, block_table, capture_gradient, forward"
+    command = f"{imports}; print(forward.flashfuse_forward.fn.__name__)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "flashfuse_forward"

@@ -1,4 +1,4 @@
-"""The generated range functions and range tables, by brute force against the predicate: never a key lost or left unmasked."""
+"""Generated range functions and range tables, by brute force against the predicate: no key lost, none unmasked."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check(mask: torch.Tensor, found: list[int]) -> None:
     assert not mask[:, :lo].any()
     assert not mask[:, hi:].any()
     assert mask[:, full_lo : max(full_lo, full_hi)].all()
-    assert 0 <= lo
+    assert lo >= 0
     assert hi <= mask.shape[1]
     assert full_hi <= mask.shape[1]
 

@@ -23,12 +23,12 @@ FLOATS = [-3.5, -1.0, -0.25, 0.0, 0.5, 1.0, 2.75, 30.0]
 INTS = [-7, -3, -1, 0, 1, 2, 5, 12]
 TYPES = {Kind.FLOAT: torch.float32, Kind.INT: torch.int64, Kind.BOOL: torch.int8}
 
-KERNEL = '''
+KERNEL = """
 @triton.jit
 def apply(out, size, inputs, BLOCK: tl.constexpr):
     m = tl.arange(0, BLOCK)
     tl.store(out + m, row(m, m < size, inputs), mask=m < size)
-'''
+"""
 
 
 def _module(folder: Path, text: str) -> ModuleType:
@@ -93,8 +93,8 @@ def test_one_statement_a_node_with_the_users_line() -> None:
     bias = builder.leaf("load", 0, Kind.FLOAT, (builder.leaf("index", "h"), builder.leaf("index", "m")))
     text = ScoreText(builder.program(score * 0.5 + bias), InputLayout(("bias",), (2,)))
     assert text.lines == [
-        "bias_hm = tl.load(inputs[0] + offset(h, inputs[1]) + offset(m, inputs[2]), mask=inside_m, other=0).to(tl.float32)"
-        "  # model.py:41",
+        "bias_hm = tl.load(inputs[0] + offset(h, inputs[1]) + offset(m, inputs[2]), mask=inside_m, other=0)"
+        ".to(tl.float32)  # model.py:41",
         f"{'mul_1 = s * 0.5':<64}  # model.py:41",
         f"{'add_1 = mul_1 + bias_hm':<64}  # model.py:41",
     ]

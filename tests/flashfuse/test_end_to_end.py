@@ -37,7 +37,9 @@ def counts() -> tuple[int, int]:
 def run(function: Callable, inputs: tuple, gradients: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     """Output and gradients, with the floating inputs in `dtype`."""
     leaves = [
-        t.detach().to(dtype).requires_grad_(place in gradients) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        t.detach().to(dtype).requires_grad_(place in gradients)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
         for place, t in enumerate(inputs)
     ]
     out = function(*leaves)
@@ -56,7 +58,9 @@ def reference(function: Callable, inputs: tuple, gradients: tuple[int, ...]) -> 
 
 
 def assert_within_twice(ours: list, eager: list, exact: list) -> None:
-    for name, mine, same, best in zip(("out", "grad 0", "grad 1", "grad 2", "grad 3"), ours, eager, exact, strict=False):
+    for name, mine, same, best in zip(
+        ("out", "grad 0", "grad 1", "grad 2", "grad 3"), ours, eager, exact, strict=False
+    ):
         assert mine.dtype == same.dtype
         assert mine.shape == same.shape
         assert torch.equal(mine.isnan(), same.isnan()), name
@@ -91,7 +95,13 @@ def test_near_miss_is_left_alone_and_right(entry: NearMiss):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax_over_queries", "softmax_over_heads", "key_with_heads_and_keys_swapped", "key_with_batch_and_keys_swapped"]
+    "name",
+    [
+        "softmax_over_queries",
+        "softmax_over_heads",
+        "key_with_heads_and_keys_swapped",
+        "key_with_batch_and_keys_swapped",
+    ],
 )
 def test_inductor_does_not_misread_what_flashfuse_refused(name: str):
     """Inductor's own matcher ignores the softmax's dim and the key's permutation (pytorch #196468, #195320)."""
@@ -117,7 +127,9 @@ def test_inductor_does_not_misread_a_finite_masked_fill_with_dropout():
     inputs = (*qkv(), mask)
     with torch.no_grad():
         for each in (function, without_dropout):
-            torch.testing.assert_close(torch.compile(each, backend="flashfuse")(*inputs), each(*inputs), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.compile(each, backend="flashfuse")(*inputs), each(*inputs), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_graph_without_attention_is_the_same_object():

@@ -115,11 +115,9 @@ def tensor_scale_0d(q, k, v, c):
     return torch.softmax(q @ k.mT / c, -1) @ v
 
 
-
 @spelling(score="-(s * -0.25)")
 def negative_then_positive(q, k, v):
     return torch.softmax(-((q @ k.mT) * -0.25), -1) @ v
-
 
 
 # ------------------------------------------------------------------------------------------------ products and layouts
@@ -140,8 +138,12 @@ def baddbmm_beta_zero(q, k, v):
     return torch.bmm(scores.softmax(dim=-1), v)
 
 
-@spelling(inputs=lambda: (*_three_d(), torch.randn(B * H, S, S)), score="(s * 0.25) + c0[h, m, n]", rows="exact",
-          gradients=(0, 1, 2, 3))
+@spelling(
+    inputs=lambda: (*_three_d(), torch.randn(B * H, S, S)),
+    score="(s * 0.25) + c0[h, m, n]",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
 def baddbmm_bias(q, k, v, bias):
     return torch.bmm(torch.baddbmm(bias, q, k.transpose(-1, -2), alpha=0.25).softmax(dim=-1), v)
 
@@ -351,8 +353,10 @@ def padding_by_length(q, k, v, lengths):
     return torch.where(keep[:, None, None, :], q @ k.mT * 0.25, float("-inf")).softmax(-1) @ v
 
 
-@spelling(inputs=lambda: (*qkv(), torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 9 + [2] * 12])),
-          keeps="c0[b, m] == c0[b, n] and (n <= m)")
+@spelling(
+    inputs=lambda: (*qkv(), torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 9 + [2] * 12])),
+    keeps="c0[b, m] == c0[b, n] and (n <= m)",
+)
 def packed_documents(q, k, v, ids):
     i = torch.arange(S)
     keep = (ids[:, None, :, None] == ids[:, None, None, :]) & (i[None, :] <= i[:, None])
@@ -362,14 +366,22 @@ def packed_documents(q, k, v, ids):
 # ------------------------------------------------------------------------------------------------ masks and biases handed in
 
 
-@spelling(inputs=lambda: (*qkv(), torch.randn(1, 1, S, S)), score="(s * 0.25) + c0[0, 0, m, n]", rows="exact",
-          gradients=(0, 1, 2, 3))
+@spelling(
+    inputs=lambda: (*qkv(), torch.randn(1, 1, S, S)),
+    score="(s * 0.25) + c0[0, 0, m, n]",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
 def additive_bias(q, k, v, bias):
     return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
 
 
-@spelling(inputs=lambda: (*qkv(), torch.randn(H, S, S)), score="c0[h, m, n] + (s * 0.25)", rows="exact",
-          gradients=(0, 1, 2, 3))
+@spelling(
+    inputs=lambda: (*qkv(), torch.randn(H, S, S)),
+    score="c0[h, m, n] + (s * 0.25)",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
 def additive_bias_commuted(q, k, v, bias):
     return (bias + q @ k.mT * 0.25).softmax(-1) @ v
 
@@ -389,13 +401,11 @@ def ten_thousand_is_an_ordinary_number(q, k, v):
     return (q @ k.mT * 0.25 + torch.where(torch.arange(S) > 11, -10000.0, 0.0)).softmax(-1) @ v
 
 
-
 @spelling(keeps="not (n > m) and (n < 20)")
 def two_masks(q, k, v):
     i = torch.arange(S)
     scores = (q @ k.mT * 0.25).masked_fill(i[None] > i[:, None], float("-inf"))
     return (scores + torch.where(i < 20, 0.0, float("-inf"))).softmax(-1) @ v
-
 
 
 # ------------------------------------------------------------------------------------------------ modules and calls
@@ -479,7 +489,6 @@ def operands_of_mixed_dtype(q, k, v):
         return (torch.einsum("bhmd,bhnd->bhmn", q.to(k.dtype) * 0.25, k)).softmax(-1).to(torch.float64) @ v.double()
 
 
-
 @near_miss("FF206", "operators_mul", inputs=lambda: tuple(t.double() for t in qkv()))
 def double_precision(q, k, v):
     return (q @ k.mT * 0.25).softmax(-1) @ v
@@ -514,7 +523,6 @@ def probabilities_squared(q, k, v):
 def probabilities_accumulated(q, k, v):
     position = torch.arange(0.5, S + 0.5)
     return torch.where(position[None] <= position[:, None], q @ k.mT, -1e9).softmax(-1).cumprod(-1) @ v
-
 
 
 @near_miss("FF102", "sdpa_padding")
