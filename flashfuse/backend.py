@@ -70,7 +70,7 @@ def fuse(module: fx.GraphModule, options: Options) -> Fused:
         form, sites = read(module, options, writers)
     except Exception as error:
         log.info("graph could not be read", exc_info=True)
-        failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        failure = _in_words(error)
         if _may_hold_attention(module):
             warn(f"a graph could not be read ({failure}) and is compiled without flashfuse")
         return Fused(_with_subgraphs(module, inner), GraphRecord(nested, failure), writes_inputs=True)
@@ -110,6 +110,10 @@ def _replace(rewriter: Rewriter, site: Site) -> SiteRecord:
             return _fused_record(site, found)
         except Refused as refused:
             found = refusal(site.anchor, refused)
+        except Exception as error:
+            log.info("a match could not be rewritten", exc_info=True)
+            found = refusal(site.anchor, Refused("FF501", site.anchor, _in_words(error)))
+            warn(f"the attention at {site.where or site.anchor} is compiled without flashfuse ({_in_words(error)})")
     return SiteRecord(str(site.anchor), site.where, refusal=found)
 
 
@@ -193,6 +197,10 @@ def _insist(record: GraphRecord) -> None:
     left = [s.refusal for s in record.sites if s.refusal is not None and s.refusal.code not in ("FF101", "FF102")]
     if record.failure or left:
         raise StrictError("strict: " + (record.failure or "; ".join(str(each) for each in left)))
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def _may_hold_attention(module: fx.GraphModule) -> bool:

@@ -66,8 +66,9 @@ _ROWS = (
          "Detach it, or index it plainly by batch, head, query and key."),
     Code("FF406", "dropout in training", "Dropout on the probabilities with p > 0 in training.",
          "attention_dropout=0.0, or model.eval().", understood=True),
-    Code("FF407", "empty block of the mask", "The mask cannot be proved to leave a key in every row.",
-         "", understood=True),
+    # 5xx: flashfuse's own fault
+    Code("FF501", "failure of flashfuse", "flashfuse itself failed at this attention.",
+         "Please report it; the attention was compiled as without flashfuse."),
 )  # fmt: skip
 
 CATALOGUE: dict[str, Code] = {row.code: row for row in _ROWS}

@@ -128,7 +128,6 @@ class Rewriter:
 
     def _erase(self, last: fx.Node) -> None:
         """Erase what only the replaced output needed: never a node whose effect somebody else can see."""
-        dead = self._backward_slice(last)
         writers: dict[int, set[fx.Node]] = {}
         by_time = {time: node for node, time in self.form.times.items()}
         for time, storage in self.form.writes:
@@ -137,10 +136,7 @@ class Rewriter:
         for origins in self.form.origins.values():
             for origin in origins:
                 owners.setdefault(origin.storage, set()).add(origin.node)
-        for node in list(dead):
-            for storage, nodes in owners.items():
-                if node in nodes:
-                    dead |= writers.get(storage, set())
+        dead = self._backward_slice(last, writers, owners)
         changed = True
         while changed:
             keep = {node for node in dead if not self._may_go(node, dead, writers, owners)}
@@ -150,14 +146,24 @@ class Rewriter:
             if node in dead and self.copies[node].graph is self.graph and not self.copies[node]._erased:
                 self.graph.erase_node(self.copies[node])
 
-    def _backward_slice(self, last: fx.Node) -> set[fx.Node]:
+    def _backward_slice(
+        self, last: fx.Node, writers: dict[int, set[fx.Node]], owners: dict[int, set[fx.Node]]
+    ) -> set[fx.Node]:
+        """All captured calls that `last` depends on, calls that write into one of their results included."""
+        storages: dict[fx.Node, list[int]] = {}
+        for storage, nodes in owners.items():
+            for node in nodes:
+                storages.setdefault(node, []).append(storage)
         found: set[fx.Node] = set()
         stack = [last]
         while stack:
             node = stack.pop()
-            if node not in found and node.op in ("call_function", "call_method"):
-                found.add(node)
-                stack.extend(node.all_input_nodes)
+            if node in found or node.op not in ("call_function", "call_method"):
+                continue
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+            for storage in storages.get(node, ()):
+                stack.extend(writers.get(storage, ()))
         return found
 
     def _may_go(
@@ -329,7 +335,7 @@ class _Calls:
         function = torch.ops.flashfuse.attention.default
         both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout)
         result = self.call(operator.getitem, both, 0)
-        return self.view(result, match.out_view, copy=True)
+        return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
 
     def _capture(self, node: fx.Node) -> fx.Node:
         if is_tensor(node):
@@ -346,6 +352,9 @@ class _Calls:
 
     def view(self, node: fx.Node, view: View, *, copy: bool, shape: Sequence[Any] | None = None) -> fx.Node:
         """The steps of a view, without those that do nothing."""
+        in_place = view.order == tuple(range(len(view.order))) and not view.insert
+        if in_place and shape is not None and _equal(shape, view.merge):
+            return node
         if shape is None or not _equal(shape, view.split):
             node = self.method("view", node, [self.integer(size) for size in view.split])
         if view.order != tuple(range(len(view.order))):

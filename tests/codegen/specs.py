@@ -112,11 +112,16 @@ def make_inputs(case: Case, dtype: torch.dtype, value_dtype: torch.dtype | None 
 
 
 def dense_attention(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients [dq, dk, dv, *needed captures] of the dense computation, all in `dtype`."""
+    """Output and gradients [dq, dk, dv, *needed captures] of the dense computation.
+
+    Products are in `dtype`; scores and softmax too, but in float32 if that is a 16-bit type (masks of float32's lowest
+    number need it, and it is the stricter thing to compare with).
+    """
+    scores = dtype if dtype.itemsize >= 4 else torch.float32
     B, H, G, M, N, _, _ = case.shape
     leaves = [t.detach().to(dtype).requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     captures = [
-        c.detach().to(dtype if c.is_floating_point() else c.dtype).requires_grad_(needed)
+        c.detach().to(scores if c.is_floating_point() else c.dtype).requires_grad_(needed)
         for c, needed in zip(inputs.captures, case.needs or (False,) * len(inputs.captures), strict=True)
     ]
     query, key, value = leaves
@@ -126,12 +131,12 @@ def dense_attention(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Ten
         torch.arange(B, device=device)[:, None, None, None], torch.arange(H, device=device)[None, :, None, None],
         torch.arange(M, device=device)[None, None, :, None], torch.arange(N, device=device)[None, None, None, :],
     )  # fmt: skip
-    x = case.dense(query @ key.mT, captures, case.sizes, indices)
+    x = case.dense((query @ key.mT).to(scores), captures, case.sizes, indices)
     x = x.expand(B, H, M, N)
     p = x.softmax(-1)
     if case.zero_rows:
-        p = torch.where((x == float("-inf")).all(-1, keepdim=True), torch.zeros((), dtype=dtype, device=device), p)
-    out = p @ value
+        p = torch.where((x == float("-inf")).all(-1, keepdim=True), torch.zeros((), dtype=scores, device=device), p)
+    out = p.to(dtype) @ value
     wanted = [*leaves, *(c for c in captures if c.requires_grad)]
     gradients = torch.autograd.grad(out, wanted, inputs.grad_out.to(dtype), allow_unused=True)
     return out.detach(), [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, gradients, strict=True)]

@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
-from specs import Case, Inputs, dense_attention, make_inputs
-from test_kernels import run_kernels
+from specs import Case, dense_attention, make_inputs
+from test_kernels import compare_with_eager, run_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,16 +38,6 @@ def _enlarged() -> list[Case]:
     return [dataclasses.replace(known[name], name=f"{name}_big", shape=shape) for name, shape in BIG.items()]
 
 
-def _errors(actual: list[torch.Tensor], reference: list[torch.Tensor]) -> list[float]:
-    differences = []
-    for a, r in zip(actual, reference, strict=True):
-        nan = r.isnan()
-        assert bool((a.isnan() | ~nan).all()), "eager is NaN where the kernel is not"
-        assert bool((nan | ~a.isnan()).all()), "the kernel is NaN where eager is not"
-        differences.append(float((a.double() - r).masked_fill(nan, 0.0).abs().max()) if a.numel() else 0.0)
-    return differences
-
-
 @pytest.fixture(autouse=True)
 def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -56,20 +46,7 @@ def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *_enlarged()], ids=lambda case: case.name)
 def test_within_twice_the_error_of_eager(case: Case, dtype: torch.dtype) -> None:
-    if case.reference is not torch.float64 and dtype is not torch.float32:
-        pytest.skip("what rounding is meant to lose, 16 bits lose otherwise")
-    inputs: Inputs = make_inputs(case, dtype, device="cuda")
-    out, gradients = run_kernels(case, inputs)
-    reference_out, reference_gradients = dense_attention(case, inputs, case.reference)
-    eager_out, eager_gradients = dense_attention(case, inputs, dtype)
-    reference = [reference_out, *reference_gradients]
-    ours = _errors([out, *gradients], [r.double() for r in reference])
-    eager = [float((e.double() - r.double()).nan_to_num(0.0, 0.0, 0.0).abs().max()) if r.numel() else 0.0
-             for e, r in zip([eager_out, *eager_gradients], reference, strict=True)]  # fmt: skip
-    tiny = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}[dtype]
-    for place, (error, allowed, r) in enumerate(zip(ours, eager, reference, strict=True)):
-        size = float(r.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if r.numel() else 0.0
-        assert error <= 2 * allowed + tiny * max(size, 1.0) * 0.25, f"tensor {place}: {error} against eager's {allowed}"
+    compare_with_eager(case, dtype, "cuda")
 
 
 def test_precision_follows_torch() -> None:

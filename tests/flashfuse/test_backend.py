@@ -1,0 +1,229 @@
+"""Options, strictness, fallbacks, the report, and memory: what a user meets around the attention itself."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flashfuse
+from flashfuse import backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def attention(q, k, v):
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+def refused(q, k, v):
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return p @ v, p
+
+
+def qkv(length: int = 8) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(2, 3, length, 16) for _ in range(3))
+
+
+def compiled(function, **options):
+    return torch.compile(function, backend="flashfuse", options={"inner": "aot_eager"} | options)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strikt": True}, "did you mean 'strict'"),
+        ({"inner": "inducter"}, "did you mean 'inductor'"),
+        ({"sdpa": "allways"}, "did you mean 'always'"),
+        ({"max_autotun": True}, "did you mean 'max_autotune'"),
+        ({"strict": "yes"}, "must be True or False"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_helps(options: dict, message: str):
+    with pytest.raises(Exception, match=message):
+        torch.compile(attention, backend="flashfuse", options=options)(*qkv())
+
+
+def test_inductors_options_and_mode_are_passed_on():
+    q, k, v = qkv()
+    for arguments in ({"options": {"max_fusion_size": 32}}, {"mode": "max-autotune-no-cudagraphs"}):
+        torch._dynamo.reset()
+        out = torch.compile(attention, backend="flashfuse", **arguments)(q, k, v)
+        torch.testing.assert_close(out, attention(q, k, v), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", lambda module, inputs: module.forward], ids=["eager", "aot", "callable"])
+def test_every_inner_compiler_gets_a_graph_that_runs(inner):
+    q, k, v = qkv()
+    out = torch.compile(attention, backend="flashfuse", options={"inner": inner})(q, k, v)
+    torch.testing.assert_close(out, attention(q, k, v), atol=1e-5, rtol=1e-4)
+
+
+def test_the_rewritten_graph_holds_no_dead_attention():
+    """Nothing of the eager attention is left for an inner compiler that runs what it gets."""
+    handed = []
+
+    def inner(module, inputs):
+        handed.append(module)
+        return module.forward
+
+    def in_place(q, k, v):
+        scores = q @ k.mT
+        scores *= 0.25
+        scores.masked_fill_(torch.ones(8, 8, dtype=torch.bool).tril().logical_not(), float("-inf"))
+        return scores.softmax(-1) @ v
+
+    torch.compile(in_place, backend="flashfuse", options={"inner": inner})(*qkv())
+    targets = [str(node.target) for node in handed[0].graph.nodes if node.op in ("call_function", "call_method")]
+    assert len(targets) == 2, targets
+    assert "flashfuse.attention" in targets[0]
+
+
+def test_strict_turns_a_refusal_into_an_error_with_the_line():
+    with pytest.raises(Exception, match=r"test_backend.py:\d+.*FF301"):
+        compiled(refused, strict=True)(*qkv())
+    compiled(attention, strict=True)(*qkv())
+
+
+# ------------------------------------------------------------------------------------------------ fallbacks
+
+
+@pytest.mark.parametrize("stage", ["normalise", "find_attention"])
+def test_a_failure_inside_flashfuse_costs_one_warning(stage: str, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(backend, stage, broken)
+    q, k, v = qkv()
+    with pytest.warns(UserWarning, match=r"flashfuse: .*planted") as caught:
+        out = compiled(attention)(q, k, v)
+    assert len([w for w in caught if "flashfuse" in str(w.message)]) == 1
+    torch.testing.assert_close(out, attention(q, k, v))
+
+
+def test_a_failure_while_rewriting_keeps_the_captured_graph(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(backend.Rewriter, "replace", broken)
+    q, k, v = qkv()
+    with pytest.warns(UserWarning, match="planted"):
+        torch.testing.assert_close(compiled(attention)(q, k, v), attention(q, k, v))
+
+
+def test_a_failure_is_an_error_when_strict(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(backend, "normalise", broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Exception, match=r"StrictError: .*planted"):
+            compiled(attention, strict=True)(*qkv())
+
+
+def test_an_unsupported_dtype_is_refused_and_still_runs():
+    q, k, v = (t.double() for t in qkv())
+    torch.testing.assert_close(compiled(attention)(q, k, v), attention(q, k, v))
+    assert torch._dynamo.utils.counters["flashfuse"] == {"refused": 1}
+
+
+def test_graph_breaks():
+    def function(q, k, v):
+        out = attention(q, k, v)
+        torch._dynamo.graph_break()
+        return attention(out, k, v)
+
+    q, k, v = qkv()
+    torch.testing.assert_close(compiled(function)(q, k, v), function(q, k, v), atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["flashfuse"]["fused"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def test_explain_tells_the_line_first():
+    report = flashfuse.explain(attention, *qkv())
+    assert len(report.fused) == 1
+    assert not report.refusals
+    text = str(report)
+    assert "1 fused, 0 left alone" in text
+    assert "FUSED       test_backend.py:" in text
+    assert "s * 0.25" in text
+    assert not torch._dynamo.utils.counters["flashfuse"]
+
+
+def test_explain_tells_why_not():
+    report = flashfuse.explain(refused, *qkv())
+    (found,) = report.refusals
+    assert found.code == "FF301"
+    text = str(report)
+    assert "LEFT ALONE  test_backend.py:" in text
+    assert "reached softmax.int" in text
+    assert "hint" in text
+    assert json.loads(report.to_json())["sites"][0]["code"] == "FF301"
+
+
+def test_explain_on_a_model_that_raises_or_has_no_attention():
+    def raising(x):
+        raise ValueError("the model's own")
+
+    assert "the model's own" in flashfuse.explain(raising, torch.ones(2)).error
+    assert "0 attentions" in str(flashfuse.explain(lambda x: x.softmax(-1), torch.ones(2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation's result has while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_all_scores_is_made_or_saved():
+    length = 1024
+
+    def causal(q, k, v):
+        i = torch.arange(q.shape[-2])
+        mask = torch.where(i[None, :] <= i[:, None], 0.0, torch.finfo(q.dtype).min)
+        return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+    largest, saved = LargestTensor(), []
+
+    def watched(module, _inputs):
+        def run(*arguments):
+            with largest:  # around the compiled code: a mode around the call would make Dynamo step aside
+                return module(*arguments)
+
+        return make_boxed_func(run)
+
+    q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
+    function = compiled(causal, inner=aot_autograd(fw_compiler=watched, bw_compiler=watched))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function(q, k, v).sum().backward()
+    assert torch._dynamo.utils.counters["flashfuse"]["fused"] == 1
+    assert length * 16 <= largest.elements < length * length / 4
+    assert saved
+    assert max(t.numel() for t in saved) <= length * 16
