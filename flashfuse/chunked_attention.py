@@ -196,8 +196,11 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
     probabilities.sub_(gradients.stats[0][chunk.place]).exp_()
     overwrite(probabilities, [], hidden, 0.0)
     gradients.value[chunk.pairs, keys].baddbmm_(final.mT, grad_out)
-    delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
     grad = torch.bmm(grad_out, call.value[chunk.pairs, keys].mT, out=scratch.scores("grad", chunk))
+    if gradients.out.dtype is call.dtype:
+        delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
+    else:  # the output was rounded, but the whole row is here: delta from the probabilities themselves
+        delta = torch.mul(final, grad, out=scratch.scores("product", chunk)).sum(-1, keepdim=True)
     grad.sub_(delta).mul_(final)
     overwrite(call.unfolded(grad, chunk), dropped, hidden, 0.0)
     grad_score, factor = _through_program(gradients, chunk, program, raw, grad, dropped, hidden)

@@ -52,7 +52,8 @@ def imports(name: str, *, eager: bool = False) -> set[str]:
             assert node.level == 0, f"{name} line {node.lineno}: imports are absolute"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {module if module in MODULES else str(node.module) for module in whole}
-    return {module for module in found if module.split(".")[0] == "flashfuse"} - {name, "flashfuse"}  # the package itself imports nothing
+    own = {module for module in found if module.split(".")[0] == "flashfuse"}
+    return own - {name, "flashfuse"}  # the package itself imports nothing
 
 
 def unit(name: str) -> str:

@@ -1,0 +1,197 @@
+"""Kinds of attention with their specs and, written independently in plain torch, their dense scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
+from flashfuse.ir.score_ops import Kind
+from flashfuse.ir.score_program import Builder, Value
+
+NEVER = -math.inf
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Write:
+    """Leaves of a score program under construction, and the captures declared on the way."""
+
+    def __init__(self) -> None:
+        self.builder = Builder()
+        self.captures: list[Capture] = []
+        self.s = self.builder.leaf("score")
+        self.b, self.h, self.m, self.n = (self.builder.leaf("index", letter) for letter in "bhmn")
+        self.M, self.N = self.builder.leaf("length", "M"), self.builder.leaf("length", "N")
+        self.size = self.builder.leaf("size", 0, Kind.INT)
+        self.zero = self.builder.const(0)
+
+    def load(self, name: str, kind: Kind, *indices: Value) -> Value:
+        """An element of a capture, declared at its first use."""
+        known = [capture.name for capture in self.captures]
+        if name not in known:
+            self.captures.append(Capture(name, kind, len(indices)))
+            known.append(name)
+        return self.builder.leaf("load", known.index(name), kind, indices)
+
+    def mask(self, keep: Value, x: Value, fill: float = NEVER) -> Value:
+        return x.apply("where", keep, x, fill)
+
+    def real(self, x: Value) -> Value:
+        return x.apply("to_float", x)
+
+
+@dataclass(frozen=True)
+class Family:
+    """`spec` and `dense(s, captures, b, h, m, n)` say the same; `captures(B, H, M, N)` makes tensors, floats in float64."""
+
+    name: str
+    spec: AttentionSpec
+    dense: Callable[..., Tensor]
+    captures: Callable[[int, int, int, int], Sequence[Tensor]] = lambda B, H, M, N: ()
+    needs: tuple[bool, ...] = ()
+    sizes: tuple[int, ...] = ()
+    shape: tuple[int, int, int, int, int, int, int] = (2, 4, 4, 90, 90, 8, 8)  # B H G M N D E
+
+
+def family(name: str, write: Callable[[Write], Value], dense: Callable[..., Tensor], *,
+           rows: EmptyRows = EmptyRows.EXACT, **more) -> Family:  # fmt: skip
+    w = Write()
+    result = write(w)
+    spec = AttentionSpec(w.builder.program(result), tuple(w.captures), rows)
+    spec.verify()
+    more.setdefault("needs", (False,) * len(w.captures))
+    return Family(name, spec, dense, **more)
+
+
+def fill(keep: Tensor, x: Tensor, value: float = NEVER) -> Tensor:
+    return torch.where(keep, x, torch.tensor(value, dtype=x.dtype))
+
+
+def _documents(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
+    return (torch.randint(0, 4, (B, N)).sort(-1).values,)
+
+
+def _padding(*lengths: int, left: bool = False) -> Callable[[int, int, int, int], tuple[Tensor, ...]]:
+    def make(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
+        ends = torch.tensor(lengths)[:, None]
+        return (torch.arange(N) >= ends if left else torch.arange(N) < ends,)
+
+    return make
+
+
+def _randn(*letters: str) -> Callable[[int, int, int, int], tuple[Tensor, ...]]:
+    def make(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
+        sizes = {"b": B, "h": H, "m": M, "n": N, "1": 1}
+        return tuple(torch.randn([sizes[letter] for letter in word], dtype=torch.float64) for word in letters)
+
+    return make
+
+
+def _causal_padded(w: Write) -> Value:
+    return w.load("padding", Kind.BOOL, w.b, w.n) & (w.n <= w.m)
+
+
+def _dense_causal_padded(value: float) -> Callable[..., Tensor]:
+    return lambda s, c, b, h, m, n: fill(c[0][:, None, None, :] & (n <= m), s * 0.3, value)
+
+
+def _lows(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
+    """A float mask: some batches wholly lowest, some keys lowest, as Hugging Face makes them."""
+    bias = torch.zeros(B, 1, 1, N, dtype=torch.float64)
+    bias[0, ..., : N // 2] = LOWEST
+    bias[1] = LOWEST
+    return (bias,)
+
+
+SQUARE, WIDE = (2, 4, 4, 90, 90, 8, 8), (2, 4, 2, 70, 150, 8, 12)
+IMPOSSIBLE, ZERO, EXACT = EmptyRows.IMPOSSIBLE, EmptyRows.ZERO, EmptyRows.EXACT
+
+FAMILIES = [
+    family("plain", lambda w: w.s * 0.3, lambda s, c, *i: s * 0.3, rows=IMPOSSIBLE),
+    family("unscaled", lambda w: w.s, lambda s, c, *i: s, rows=IMPOSSIBLE, shape=WIDE),
+    family("divided", lambda w: w.s / 3.0, lambda s, c, *i: s / 3.0),
+    family("causal", lambda w: w.mask(w.n <= w.m, w.s * 0.3), lambda s, c, b, h, m, n: fill(n <= m, s * 0.3), rows=IMPOSSIBLE),
+    family("causal_end", lambda w: w.mask(w.n <= w.m + (w.N - w.M), w.s), lambda s, c, b, h, m, n: fill(n <= m + 80, s),
+           rows=IMPOSSIBLE, shape=WIDE),
+    family("causal_end_empty", lambda w: w.mask(w.n <= w.m + (w.N - w.M), w.s), lambda s, c, b, h, m, n: fill(n <= m - 30, s),
+           shape=(1, 2, 2, 80, 50, 8, 8)),
+    family("window", lambda w: w.mask((w.n <= w.m) & (w.m - w.n < 20), w.s * 0.3),
+           lambda s, c, b, h, m, n: fill((n <= m) & (m - n < 20), s * 0.3), rows=IMPOSSIBLE, shape=(1, 2, 1, 200, 200, 8, 8)),
+    family("window_of_size", lambda w: w.mask((w.n <= w.m) & (w.m - w.n < w.size), w.s * 0.3, LOWEST),
+           lambda s, c, b, h, m, n: fill((n <= m) & (m - n < 33), s * 0.3, LOWEST), sizes=(33,)),
+    family("prefix", lambda w: w.mask((w.n <= w.m) | (w.n < w.size), w.s), lambda s, c, b, h, m, n: fill((n <= m) | (n < 40), s),
+           sizes=(40,), rows=IMPOSSIBLE),
+    family("lengths", lambda w: w.mask(w.n < w.load("length", Kind.INT, w.b), w.s),
+           lambda s, c, b, h, m, n: fill(n < c[0][:, None, None, None], s), captures=lambda *_: (torch.tensor([30, 90]),)),
+    family("lengths_by_head", lambda w: w.mask(w.n < w.load("length", Kind.INT, w.h), w.s, -1e9),
+           lambda s, c, b, h, m, n: fill(n < c[0][:, None, None], s, -1e9),
+           captures=lambda *_: (torch.tensor([0, 90, 7, 64]),)),
+    family("padding", lambda w: w.mask(w.load("padding", Kind.BOOL, w.b, w.n), w.s),
+           lambda s, c, b, h, m, n: fill(c[0][:, None, None, :], s), captures=_padding(13, 90)),
+    family("documents", lambda w: w.mask(w.load("document", Kind.INT, w.b, w.m).eq(w.load("document", Kind.INT, w.b, w.n)), w.s),
+           lambda s, c, b, h, m, n: fill(c[0][:, None, :, None] == c[0][:, None, None, :], s), captures=_documents,
+           shape=(2, 4, 2, 180, 180, 8, 8)),
+    family("documents_causal", lambda w: w.mask(
+        w.load("document", Kind.INT, w.b, w.m).eq(w.load("document", Kind.INT, w.b, w.n)) & (w.n <= w.m), w.s),
+           lambda s, c, b, h, m, n: fill((c[0][:, None, :, None] == c[0][:, None, None, :]) & (n <= m), s),
+           captures=_documents, rows=IMPOSSIBLE, shape=(2, 4, 2, 180, 180, 8, 8)),
+    family("rows_all_masked_infinite", lambda w: w.mask(_causal_padded(w), w.s * 0.3), _dense_causal_padded(NEVER),
+           captures=_padding(40, 3, left=True)),
+    family("rows_all_masked_lowest", lambda w: w.mask(_causal_padded(w), w.s * 0.3, LOWEST), _dense_causal_padded(LOWEST),
+           captures=_padding(40, 3, left=True)),
+    family("rows_all_masked_zero", lambda w: w.mask(_causal_padded(w), w.s * 0.3), _dense_causal_padded(NEVER),
+           captures=_padding(40, 3, left=True), rows=ZERO),
+    family("float_mask", lambda w: w.s * 0.3 + w.load("mask", Kind.FLOAT, w.b, w.zero, w.zero, w.n),
+           lambda s, c, *i: s * 0.3 + c[0], captures=_lows),
+    family("float_mask_causal", lambda w: w.mask(w.n <= w.m, w.s * 0.3 + w.load("mask", Kind.FLOAT, w.b, w.zero, w.zero, w.n)),
+           lambda s, c, b, h, m, n: fill(n <= m, s * 0.3 + c[0]), captures=_lows),
+    family("mask_matrix", lambda w: w.mask(w.load("mask", Kind.BOOL, w.zero, w.h, w.m, w.n), w.s, -1e9),
+           lambda s, c, *i: fill(c[0], s, -1e9), captures=lambda B, H, M, N: (torch.rand(1, H, M, N) < 0.03,)),
+    family("alibi", lambda w: w.mask(w.n <= w.m, w.s * 0.3 + w.load("slope", Kind.FLOAT, w.h) * w.real(w.n - w.m)),
+           lambda s, c, b, h, m, n: fill(n <= m, s * 0.3 + c[0][:, None, None] * (n - m)), captures=_randn("h"), needs=(True,),
+           rows=IMPOSSIBLE),
+    family("softcap", lambda w: w.mask(w.n <= w.m, (w.s * 0.1).apply("tanh", w.s * 0.1) * 5.0),
+           lambda s, c, b, h, m, n: fill(n <= m, (s * 0.1).tanh() * 5.0), rows=IMPOSSIBLE),
+    family("bias", lambda w: w.s * 0.3 + w.load("bias", Kind.FLOAT, w.b, w.h, w.m, w.n), lambda s, c, *i: s * 0.3 + c[0],
+           captures=_randn("bhmn"), needs=(True,), shape=WIDE),
+    family("bias_of_heads", lambda w: w.mask(w.n <= w.m, w.s + w.load("bias", Kind.FLOAT, w.zero, w.h, w.m, w.n), LOWEST),
+           lambda s, c, b, h, m, n: fill(n <= m, s + c[0], LOWEST), captures=_randn("1hmn"), needs=(True,),
+           shape=(2, 4, 2, 90, 90, 8, 8)),
+    family("bias_of_batches", lambda w: w.s - w.load("bias", Kind.FLOAT, w.b, w.zero, w.m, w.n), lambda s, c, *i: s - c[0],
+           captures=_randn("b1mn"), needs=(True,)),
+    family("bias_transposed", lambda w: w.load("bias", Kind.FLOAT, w.n, w.m) + w.s * 0.3, lambda s, c, *i: s * 0.3 + c[0].mT,
+           captures=_randn("nm"), needs=(True,)),
+    family("scale", lambda w: w.s * w.load("scale", Kind.FLOAT), lambda s, c, *i: s * c[0], captures=_randn(""), needs=(True,)),
+    family("row_and_column", lambda w: w.mask(
+        w.n <= w.m - 2, w.s * w.load("row", Kind.FLOAT, w.b, w.m) + w.load("column", Kind.FLOAT, w.h, w.n) * 2.0, LOWEST),
+           lambda s, c, b, h, m, n: fill(n <= m - 2, s * c[0][:, None, :, None] + c[1][None, :, None, :] * 2.0, LOWEST),
+           captures=_randn("bm", "hn"), needs=(True, True)),
+    family("logarithm", lambda w: w.mask(w.n <= w.m, w.s + (w.load("x", Kind.FLOAT, w.n) * w.real(w.m + 1 - w.n)).apply(
+        "log", w.load("x", Kind.FLOAT, w.n) * w.real(w.m + 1 - w.n))),  # NaN and infinite where the mask drops
+           lambda s, c, b, h, m, n: fill(n <= m, s + (c[0] * (m + 1 - n).clamp_min(1)).log()),
+           captures=lambda B, H, M, N: (torch.rand(N, dtype=torch.float64) + 0.5,), needs=(True,), rows=IMPOSSIBLE),
+    family("relative_table", lambda w: w.s + w.load("table", Kind.FLOAT, w.h, w.n - w.m + (w.M - 1)),
+           lambda s, c, b, h, m, n: s + c[0][:, (n - m + s.shape[2] - 1)[0, 0]],
+           captures=lambda B, H, M, N: (torch.randn(H, M + N, dtype=torch.float64),)),
+]  # fmt: skip
+
+
+def indices(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
+    """b, h, m, n in the axes of scores."""
+    return tuple(torch.arange(size).view([-1 if axis == place else 1 for axis in range(4)])
+                 for place, size in enumerate((B, H, M, N)))  # fmt: skip
+
+
+def dense(each: Family, query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor]) -> Tensor:
+    """The attention, all scores at once, in the tensors' precision."""
+    B, H, G, M, N, _, _ = each.shape
+    repeated = [tensor.repeat_interleave(H // G, 1) for tensor in (key, value)]
+    x = each.dense(query @ repeated[0].mT, captures, *indices(B, H, M, N)).expand(B, H, M, N)
+    p = x.softmax(-1)
+    if each.spec.empty_rows is ZERO:
+        p = torch.where((x == NEVER).all(-1, keepdim=True), torch.zeros((), dtype=p.dtype), p)
+    return p @ repeated[1]
