@@ -248,7 +248,7 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
         *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low,
         EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO,
-        **call.constants, **_options(tile),
+        **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *,
         call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
-        **call.constants, **_options(tile),
+        **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
         *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
         *call.shape, call.plane, call.B * call.H * call.N,
         TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None,
-        **call.constants, **_options(tile),
+        **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 
 

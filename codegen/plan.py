@@ -12,12 +12,17 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's choices: rows of queries and of keys in a tile, warps, and stages of the software pipeline."""
+    """One kernel's choices: rows of queries and of keys in a tile, warps, and stages of the software pipeline.
+
+    `branch`: mask only the blocks that need it, by a branch in the loop; without it every block is masked, which costs
+    instructions and saves what the branch does to the pipeline.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    branch: bool = True
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,18 @@ def _attention_backward(
         from_text(spec), "backward", (query, key, value),
         grad_out, query, key, value, out, stats, captures, sizes, tuple(needs),
     )  # fmt: skip
-    wanted = _gradient_shapes(query, key, value, captures, needs)
-    return [own if own.stride() == like.stride() else like.copy_(own) for own, like in zip(found, wanted, strict=True)]
+    inputs = (query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted))
+    return [_laid_out_like(own, tensor) for own, tensor in zip(found, inputs, strict=True)]
+
+
+def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """The gradient in the layout that the fake implementation promises: that of an empty tensor like the input."""
+    if tensor.is_contiguous() and gradient.is_contiguous():
+        return gradient
+    promised = torch.empty_like(tensor, device="meta").stride()
+    if gradient.stride() == promised:
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
 
 
 def _empty_out(query: Tensor, value: Tensor, layout: str) -> Tensor:

@@ -89,6 +89,11 @@ class ChunkRanges:
         return KeyRange(low, high, max(low, *full_lo), min(high, *full_hi))
 
 
+def all_keys(count: int, *, masked: bool) -> ChunkRanges:
+    """One chunk that looks at every key, and at the mask everywhere if there is one."""
+    return ChunkRanges(torch.tensor([0, count, 0, 0 if masked else count]).view(4, 1, 1, 1), count)
+
+
 def chunk_ranges(
     spec: AttentionSpec, shape: Shape, rows: int, captures: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
 ) -> ChunkRanges:

@@ -200,7 +200,9 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
     if gradients.out.dtype is call.dtype:
         delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
     else:  # the output was rounded, but the whole row is here: delta from the probabilities themselves
+        total = final.sum(-1, keepdim=True)
         delta = torch.mul(final, grad, out=scratch.scores("product", chunk)).sum(-1, keepdim=True)
+        delta.div_(total.masked_fill_(total == 0, 1.0))
     grad.sub_(delta).mul_(final)
     overwrite(call.unfolded(grad, chunk), dropped, hidden, 0.0)
     grad_score, factor = _through_program(gradients, chunk, program, raw, grad, dropped, hidden)

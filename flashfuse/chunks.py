@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashfuse.chunk_ranges import ChunkRanges, KeyRange, Shape, chunk_ranges
+from flashfuse.chunk_ranges import ChunkRanges, KeyRange, Shape, all_keys, chunk_ranges
 from flashfuse.ir.attention_spec import AttentionSpec
 
 _ROWS = 64  # query rows of a chunk for one key head
 _CHUNK_CPU = 1 << 19  # scores of a chunk, all heads together
 _CHUNK_OTHER = 1 << 24
+_SMALL = 1 << 15  # with no more scores than that, leaving keys out costs more than it saves
 
 
 def score_dtype(query: Tensor, value: Tensor) -> torch.dtype:
@@ -74,6 +75,8 @@ class Call:
 
     def _choose_rows(self) -> tuple[int, ChunkRanges]:
         shape = self.shape
+        if shape.B * shape.H * shape.M * shape.N <= min(_SMALL, self.budget):
+            return shape.M, all_keys(shape.N, masked=self.spec.split.keep is not None)
         wished = 2 * _ROWS if self.spec.split.keep is None else _ROWS  # small ones follow a mask's border closely
         rows = min(shape.M, max(16, wished // shape.group))
         ranges = chunk_ranges(self.spec, shape, rows, self.captures, self.sizes, self.dtype)

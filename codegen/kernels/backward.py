@@ -9,6 +9,7 @@ queries and loops over keys. No atomics: equal inputs give equal gradients, bit 
 import triton
 import triton.language as tl
 
+from flashfuse.codegen.kernels.forward import masked
 from flashfuse.codegen.kernels.plain_score import (
     FACTOR,
     SCALE,
@@ -88,7 +89,7 @@ def descend_keys(
     b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries, and row sums of captures' gradients, over the key blocks [lo, hi).
 
@@ -105,6 +106,12 @@ def descend_keys(
             p = low_probability(x, lse[:, None], shift[:, None])
         else:
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            if MASKED or not EVEN:
+                if BRANCH:
+                    if (first < full_lo) | (first >= full_hi):
+                        x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
+                else:
+                    x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
             p = probability(x, lse[:, None], shift[:, None], SHIFTED)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         dx = p * (dp - row_delta[:, None])
@@ -113,12 +120,6 @@ def descend_keys(
             ds = tl.where(inside_n & rows[:, None], ds, 0.0)
         else:
             ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
-            if MASKED or not EVEN:
-                if (first < full_lo) | (first >= full_hi):
-                    if MASKED:
-                        ds = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
-                    else:
-                        ds = tl.where(inside_n, ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
         if SUMS:
             kept = inside_n
@@ -138,6 +139,7 @@ def flashfuse_grad_query(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
@@ -185,7 +187,7 @@ def flashfuse_grad_query(
     acc, sums = descend_keys(
         tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,
         lse, shift, row_delta, low, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION, BRANCH,
     )  # fmt: skip
     store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
     if SUMS:
@@ -198,6 +200,7 @@ def descend_queries(
     b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
 
@@ -218,23 +221,17 @@ def descend_queries(
             row_delta = tl.where(low, 0.0, row_delta)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        p = probability(x, lse[None, :], shift[None, :], PLANES == 2 and not MASKED)
         if MASKED or not EVEN:
-            if (first < full_lo) | (first >= full_hi):
-                if MASKED:
-                    p = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), p, 0.0)
-                else:
-                    p = tl.where(inside_m, p, 0.0)
+            if BRANCH:
+                if (first < full_lo) | (first >= full_hi):
+                    x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
+            else:
+                x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
+        p = probability(x, lse[None, :], shift[None, :], PLANES == 2 and not MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dx = p * (dp - row_delta[None, :])
         ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        if MASKED or not EVEN:
-            if (first < full_lo) | (first >= full_hi):
-                if MASKED:
-                    ds = tl.where(inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), ds, 0.0)
-                else:
-                    ds = tl.where(inside_m, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if SUMS:
             kept = inside_m
@@ -284,7 +281,7 @@ def flashfuse_grad_key_value(
     dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,)."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -324,7 +321,7 @@ def flashfuse_grad_key_value(
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
             lo, hi, full_lo, full_hi, b, h, n, inside_n, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SUMS, PRECISION,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SUMS, PRECISION, BRANCH,
         )  # fmt: skip
         if SUMS:
             store_column_sums(sums, partial + head * N + column, sum_plane, inside)

@@ -12,15 +12,26 @@ from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, loa
 
 
 @triton.jit
+def masked(x, b, h, m, n, inside_m, inside_n, inside, M, N, inputs, MASKED: tl.constexpr):
+    """Scores with -inf where the mask drops them (MASKED), and outside the tensors (`inside`)."""
+    if MASKED:
+        x = tl.where(inside & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
+    else:
+        x = tl.where(inside, x, float("-inf"))
+    return x
+
+
+@triton.jit
 def attend(
     acc, total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Attend to the key blocks [lo, hi): the accumulator, the sum of exponentials and the largest score so far.
 
-    One loop: only blocks outside [full_lo, full_hi) take the branch that masks. MASKED: apply `keep` there. EVEN: all
-    blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the maximum before any scaling, as
+    One loop: only blocks outside [full_lo, full_hi) take the branch that masks; without BRANCH all blocks are masked.
+    MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the maximum before any scaling, as
     scores near the smallest float need it.
     """
     for first in tl.range(lo, hi, BLOCK_N):
@@ -35,11 +46,11 @@ def attend(
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             unit: tl.constexpr = FACTOR
         if MASKED or not EVEN:
-            if (first < full_lo) | (first >= full_hi):
-                if MASKED:
-                    x = tl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
-                else:
-                    x = tl.where(inside_n, x, float("-inf"))
+            if BRANCH:
+                if (first < full_lo) | (first >= full_hi):
+                    x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
+            else:
+                x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
         higher = tl.maximum(top, tl.max(x, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         if SHIFTED:
@@ -63,7 +74,7 @@ def flashfuse_forward(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
 
@@ -107,7 +118,7 @@ def flashfuse_forward(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
         b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION, BRANCH,
     )  # fmt: skip
 
     inside = row < M

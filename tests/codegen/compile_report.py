@@ -101,7 +101,7 @@ def compile_kernel(
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": table_rows,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "SUMS": False, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
+        "SUMS": False, "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:
