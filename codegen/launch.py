@@ -19,6 +19,7 @@ from flashfuse.codegen.capture_gradients import capture_gradients
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
 from flashfuse.codegen.range_tables import RangeTables
+from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 
@@ -26,7 +27,7 @@ MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DELTA_BLOCK = 64
 
-_MAX_SPILLS = 16  # 32-bit registers a thread
+_MAX_SPILLS = 48  # 32-bit registers a thread; see `plan._MASKED`
 
 _chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan suits
 
@@ -64,20 +65,28 @@ def forward(
     out: Tensor,
 ) -> Tensor:
     """Fill `out` `[B, H, M, E]` (any strides) and return the row statistics `[planes, B, H, M]` in float32."""
-    call = Call(spec, query, key, value, captures, sizes)
-    stats = torch.empty((spec.planes, call.B, call.H, call.M), dtype=torch.float32, device=query.device)
-    if stats.numel() == 0:
-        return stats
-    if call.N == 0:
+
+    def run(recording: Recording | None) -> list[Tensor]:
+        call = Call(spec, query, key, value, captures, sizes, recording)
+        with call.device():
+            return [_run_forward(call, out)]
+
+    identity = (spec.key, "forward", tuple(sizes), *_settings())
+    return repeated(identity, (query, key, value, out, *captures), query.device, run)[0]
+
+
+def _run_forward(call: Call, out: Tensor) -> Tensor:
+    stats = call.empty((call.spec.planes, call.B, call.H, call.M), torch.float32)
+    if stats.numel() == 0 or call.N == 0:
+        call.cannot_repeat()
         out.zero_()
         return stats.fill_(float("inf"))
-    with call.device():
-        target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
-        if call.low_rows:
-            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
-        if target is not out:
-            out.copy_(target)
+    target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
+    if call.low_rows:
+        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
+    if target is not out:
+        out.copy_(target)
     return stats
 
 
@@ -94,35 +103,48 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of query, key, value and of each capture that `needs` names, in order."""
-    call = Call(spec, query, key, value, captures, sizes)
-    call.grad_out = _last_contiguous(grad_out.to(value.dtype))
-    call.stats = stats
     wanted = [number for number, needed in enumerate(needs) if needed]
-    if stats.numel() == 0 or call.N == 0:
-        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)] + [
-            torch.zeros(captures[c].shape, dtype=captures[c].dtype, device=captures[c].device) for c in wanted
-        ]
-    with call.device():
-        call.delta = torch.empty_like(stats[0])
-        blocks = -(-call.M // _DELTA_BLOCK)
-        call.flags = torch.empty((call.B, call.H, blocks), dtype=torch.int32, device=query.device)
-        _delta(call, _last_contiguous(out))
-        gradients = capture_gradients(call, wanted)
-        grad_query = torch.empty((call.B, call.H, call.M, call.D), dtype=query.dtype, device=query.device)
-        grad_key = torch.empty((call.B, call.G, call.N, call.D), dtype=key.dtype, device=query.device)
-        grad_value = torch.empty((call.B, call.G, call.N, call.E), dtype=value.dtype, device=query.device)
-        call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
-        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
-        if call.low_rows:
-            call.launch(
-                "grad_key_value",
-                lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
-                repeatable=False,
-            )
-            call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=True))
-        for capture, grad in gradients.tiles():
-            call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
-        return [grad_query, grad_key, grad_value, *gradients.finished()]
+
+    def run(recording: Recording | None) -> list[Tensor]:
+        call = Call(spec, query, key, value, captures, sizes, recording)
+        call.grad_out, call.stats = _last_contiguous(grad_out.to(value.dtype)), stats
+        if stats.numel() == 0 or call.N == 0:
+            call.cannot_repeat()
+            return _no_gradients(query, key, value, [captures[number] for number in wanted])
+        with call.device():
+            return _run_backward(call, out, wanted)
+
+    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), *_settings())
+    return list(repeated(identity, (query, key, value, out, stats, grad_out, *captures), query.device, run))
+
+
+def _no_gradients(query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor]) -> list[Tensor]:
+    tensors = (query, key, value, *captures)
+    return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
+    call.delta = call.empty((call.B, call.H, call.M), torch.float32)
+    call.flags = call.empty((call.B, call.H, -(-call.M // _DELTA_BLOCK)), torch.int32)
+    _delta(call, _last_contiguous(out))
+    if wanted:
+        call.cannot_repeat()  # their sums are finished by torch
+    gradients = capture_gradients(call, wanted)
+    grad_query = call.empty((call.B, call.H, call.M, call.D), call.query.dtype)
+    grad_key = call.empty((call.B, call.G, call.N, call.D), call.key.dtype)
+    grad_value = call.empty((call.B, call.G, call.N, call.E), call.value.dtype)
+    call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
+    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
+    if call.low_rows:
+        call.launch(
+            "grad_key_value",
+            lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
+            repeatable=False,
+        )
+        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=True))
+    for capture, grad in gradients.tiles():
+        call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
+    return [grad_query, grad_key, grad_value, *gradients.finished()]
 
 
 class Call:
@@ -141,8 +163,10 @@ class Call:
         value: Tensor,
         captures: Sequence[Tensor],
         sizes: Sequence[int],
+        recording: Recording | None = None,
     ) -> None:
         self.spec = spec
+        self.recording = recording
         self.query, self.key, self.value = (_last_contiguous(tensor) for tensor in (query, key, value))
         self.captures = captures
         self.B, self.H, self.M, self.D = query.shape
@@ -151,16 +175,47 @@ class Call:
             raise InternalError(f"{self.H} query heads over {self.G} key heads")
         half = query.element_size() == 2
         self.module: ModuleType = kernel_module(spec, fast_tanh=half and not interpreting())
-        self.inputs = kernel_inputs(captures, sizes, query.device)
+        self.inputs = self._kernel_inputs(sizes)
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
         self.low_rows = self.masked and spec.planes == 2
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" and not _tf32_allowed() else "tf32"
+        (precision,) = _settings()
         self.constants = {
             "D": self.D, "E": self.E, "D_PAD": self.padded[0], "E_PAD": self.padded[1],
             "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": precision,
         }  # fmt: skip
         self.tables = RangeTables(self)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new uninitialised tensor on the call's device."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.query.device)
+        if self.recording is not None:
+            self.recording.allocated(tensor)
+        return tensor
+
+    def start(self, kernel: str, blocks: int, *positional: Any, **named: Any) -> Any:
+        """Launch a kernel of the spec's module; returns the compiled kernel."""
+        function = getattr(self.module, kernel)
+        compiled = function[(blocks,)](*positional, **named)
+        if self.recording is not None:
+            self.recording.launched(compiled, blocks, function, positional, named)
+        return compiled
+
+    def cannot_repeat(self) -> None:
+        """Say that this call does more than allocate and launch."""
+        if self.recording is not None:
+            self.recording.sound = False
+
+    def _kernel_inputs(self, sizes: Sequence[int]) -> tuple[Any, ...]:
+        """The `inputs` tuple (see `score_text.InputLayout`): pointer and strides of each capture, then sizes."""
+        inputs: list[Any] = []
+        for capture in self.captures:
+            placed = capture if capture.device == self.query.device else capture.to(self.query.device)
+            shown = placed.view(torch.int8) if placed.dtype is torch.bool else placed
+            if self.recording is not None and shown is not placed:
+                self.recording.shown(shown, placed)
+            inputs += [shown, *placed.stride()]
+        return (*inputs, *sizes)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -189,7 +244,7 @@ class Call:
         capability = torch.cuda.get_device_capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
         heavy = self.spec.score.loads() != () or self.spec.score.uses("tanh")
-        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy)
+        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy=heavy, masked=self.masked)
         tiles: tuple[Tile, ...] = getattr(plan, kernel)
         identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
         if identity in _chosen:
@@ -211,16 +266,6 @@ class Call:
             _chosen[identity] = best[1]
 
 
-def kernel_inputs(captures: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> tuple[Any, ...]:
-    """The `inputs` tuple (see `score_text.InputLayout`): pointer and strides of each capture, then sizes."""
-    inputs: list[Any] = []
-    for capture in captures:
-        placed = capture if capture.device == device else capture.to(device)
-        inputs.append(placed.view(torch.int8) if placed.dtype is torch.bool else placed)
-        inputs.extend(placed.stride())
-    return (*inputs, *sizes)
-
-
 def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
@@ -229,8 +274,10 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _tf32_allowed() -> bool:
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+def _settings() -> tuple[str]:
+    """What torch's global settings decide: the precision of float32 products."""
+    exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    return ("tf32x3" if exact else "tf32",)
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -243,7 +290,8 @@ def _blocks(length: int, block: int) -> int:
 
 def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
     table = call.tables.none if low else call.tables.of_queries(tile)
-    return call.module.flashfuse_forward[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+    return call.start(
+        "flashfuse_forward", _blocks(call.M, tile.block_m) * call.B * call.H,
         call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
         *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low,
@@ -254,7 +302,8 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
 
 def _delta(call: Call, out: Tensor) -> None:
     blocks = _blocks(call.M, _DELTA_BLOCK)
-    call.module.flashfuse_delta[(blocks * call.B * call.H,)](
+    call.start(
+        "flashfuse_delta", blocks * call.B * call.H,
         out, call.grad_out, call.stats, call.delta, call.flags,
         *call.strides(out, call.grad_out), call.H, call.M, call.plane, blocks,
         E=call.E, E_PAD=call.padded[1], BLOCK_M=_DELTA_BLOCK, FLAGS=call.low_rows, num_warps=4,
@@ -263,7 +312,8 @@ def _delta(call: Call, out: Tensor) -> None:
 
 def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *, low: bool) -> Any:
     table = call.tables.none if low else call.tables.of_queries(tile)
-    return call.module.flashfuse_grad_query[(_blocks(call.M, tile.block_m) * call.B * call.H,)](
+    return call.start(
+        "flashfuse_grad_query", _blocks(call.M, tile.block_m) * call.B * call.H,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor, grad,
         call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad), *table.strides, *call.shape, call.plane,
@@ -274,7 +324,8 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *,
 
 def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
     table = call.tables.of_keys(tile)
-    return call.module.flashfuse_grad_key_value[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
+    return call.start(
+        "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
         grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
@@ -286,7 +337,8 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
 
 def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
     constants = {name: value for name, value in call.constants.items() if name not in ("HAS_MASK", "PLANES")}
-    return call.module.flashfuse_add_low_queries[(_blocks(call.N, tile.block_n) * call.B * call.G,)](
+    return call.start(
+        "flashfuse_add_low_queries", _blocks(call.N, tile.block_n) * call.B * call.G,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags,
         grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value),
@@ -299,7 +351,8 @@ def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> Any:
     """`grad` is `[B or 1, H or 1, M, N]`."""
     kept_b, kept_h = grad.shape[0], grad.shape[1]
     tiles = _blocks(call.M, tile.block_m) * _blocks(call.N, tile.block_n)
-    return call.module.flashfuse_grad_capture[(tiles * kept_b * kept_h,)](
+    return call.start(
+        "flashfuse_grad_capture", tiles * kept_b * kept_h,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
         kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, **call.constants, **_options(tile),

@@ -85,6 +85,13 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
     ("sm_80", 4, 256): ((_T(32, 16, 4, 1),), (_T(16, 16, 4, 1),), (_T(16, 16, 4, 1),)),
 }  # fmt: skip
 
+# With a mask, small tiles win: fewer masked elements are computed and more blocks share a multiprocessor (measured on an
+# H100, benchmarks/results/kernel_tiles.json; at head dim 128 even with the 30 registers that the last one spills).
+_MASKED: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
+    ("sm_90", 2, 64): ((_T(64, 64, 4, 3),), (_T(64, 64, 4, 2),), (_T(64, 64, 4, 2),)),
+    ("sm_90", 2, 128): ((_T(64, 64, 4, 3),), (_T(64, 64, 4, 2),), (_T(64, 64, 4, 2),)),
+}
+
 # Score programs that load elements or take tanh need registers: these go first for them.
 _HEAVY: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     ("sm_90", 2, 64): ((_T(128, 64, 8, 3),), (), ()),
@@ -96,16 +103,19 @@ _INTERPRETER = KernelPlan(*((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32
 
 
 @lru_cache(maxsize=256)
-def kernel_plan(capability: tuple[int, int] | None, itemsize: int, head_dim: int, heavy: bool = False) -> KernelPlan:
+def kernel_plan(
+    capability: tuple[int, int] | None, itemsize: int, head_dim: int, *, heavy: bool = False, masked: bool = False
+) -> KernelPlan:
     """The plan for elements of `itemsize` bytes and the larger of the two (padded) head dims.
 
     `capability` is the device's (major, minor); None is Triton's interpreter. `heavy`: the score program loads elements
-    or takes tanh.
+    or takes tanh. `masked`: it has a keep-predicate.
     """
     if capability is None:
         return _INTERPRETER
     bucket = next(size for size in (64, 128, 256) if head_dim <= size)
     identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
-    first = _HEAVY.get(identity, ((), (), ())) if heavy else ((), (), ())
+    none: tuple[tuple[Tile, ...], ...] = ((), (), ())
+    first = _MASKED.get(identity, none) if masked else _HEAVY.get(identity, none) if heavy else none
     forward, grad_query, grad_key_value = (a + b + _LAST for a, b in zip(first, _TABLE[identity], strict=True))
     return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 8, 1), *_LAST))

@@ -64,8 +64,9 @@ class RangeTables:
         own = blocks_n if keys else blocks_m
         queries, query_bounds = self._block_bounds(tile.block_m, blocks_m, keys=False)
         key_side, key_bounds = self._block_bounds(tile.block_n, blocks_n, keys=True)
-        table = torch.empty((self.TB, self.TH, own, 4), dtype=torch.int32, device=call.query.device)
-        call.module.flashfuse_block_table[(self.TB * self.TH * own,)](
+        table = call.empty((self.TB, self.TH, own, 4), torch.int32)
+        call.start(
+            "flashfuse_block_table", self.TB * self.TH * own,
             queries, key_side, table, call.inputs, query_bounds, key_bounds, self.TH, call.M, call.N,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, KEYS=keys, CHUNK=_CHUNK, num_warps=4,
         )  # fmt: skip
@@ -78,9 +79,10 @@ class RangeTables:
         known = self._bounds.get((keys, block))
         if known is None:
             vectors = len(bounded_vectors(call.spec.certainty, "n" if keys else "m"))
-            known = torch.empty((max(vectors, 1), 2, plane), dtype=torch.int64, device=call.query.device)
+            known = call.empty((max(vectors, 1), 2, plane), torch.int64)
             if vectors:
-                call.module.flashfuse_block_bounds[(plane,)](
+                call.start(
+                    "flashfuse_block_bounds", plane,
                     known, call.inputs, plane, self.TH, call.M, call.N, BLOCK=block, KEYS=keys, num_warps=4
                 )
             self._bounds[(keys, block)] = known

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from flashfuse.errors import FlashfuseError, StrictError
 from flashfuse.ir.attention_spec import AttentionSpec, from_text, plain_load_letters
 
 _library = torch.library.Library("flashfuse", "DEF")
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout)"
-    " -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("attention", "attention_forward"):
+    _library.define(
+        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout)"
+        " -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
     " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec) -> Tensor[]",
@@ -38,7 +39,7 @@ _failed: dict[tuple[str, str], str] = {}  # why the kernel of a spec and directi
 # ------------------------------------------------------------------------------------------------ forward and backward
 
 
-def _attention(
+def _attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,12 +105,9 @@ def _gradient_shapes(
 
 def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> Any:
     """Run on the Triton kernels, or on the chunked path where they cannot run. A failing kernel warns once a spec."""
-    from flashfuse import chunked_attention
-
-    slow: Callable[..., Any] = getattr(chunked_attention, direction)
     query = tensors[0]
     if (not query.is_cuda and os.environ.get("FLASHFUSE_INTERPRET") != "1") or (spec.key, direction) in _failed:
-        return slow(spec, *arguments)
+        return _run_in_torch(spec, direction, *arguments)
     try:
         from flashfuse.codegen import launch
 
@@ -123,7 +121,15 @@ def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Ten
         if not isinstance(error, torch.OutOfMemoryError):
             _failed[spec.key, direction] = reason
     _warn_once(spec, direction, reason)
-    return slow(spec, *arguments)
+    return _run_in_torch(spec, direction, *arguments)
+
+
+def _run_in_torch(spec: AttentionSpec, direction: str, *arguments: Any) -> Any:
+    """Without Triton: torch's own flash kernel where that computes just this, else in chunks."""
+    from flashfuse import aten_flash, chunked_attention
+
+    found = getattr(aten_flash, direction)(spec, *arguments)
+    return getattr(chunked_attention, direction)(spec, *arguments) if found is None else found
 
 
 def _warn_once(spec: AttentionSpec, direction: str, reason: str) -> None:
@@ -141,12 +147,12 @@ def _line(spec: AttentionSpec) -> str:
     return f"the attention at {lines[-1]}" if lines else f"attention {spec.describe()[0][1]}"
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _attention_forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flashfuse::attention", lib=_library)
-def _attention_fake(query, key, value, captures, sizes, spec, layout):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("flashfuse::attention_forward", lib=_library)
+def _attention_forward_fake(query, key, value, captures, sizes, spec, layout):  # type: ignore[no-untyped-def]
     planes = from_text(spec).planes
     dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
     return _empty_out(query, value, layout), query.new_empty((planes, *query.shape[:3]), dtype=dtype)
@@ -162,40 +168,58 @@ def _attention_backward_fake(  # type: ignore[no-untyped-def]
 # ------------------------------------------------------------------------------------------------ autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, captures, sizes, spec, _layout = inputs
-    out, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(query, key, value, out, stats, *captures)
-    ctx.sizes, ctx.spec = sizes, spec
-    ctx.needs = [capture.requires_grad and capture.is_floating_point() for capture in captures]
-    meaning = from_text(spec)
-    for place, wanted in enumerate(ctx.needs):
-        if wanted and plain_load_letters(meaning, place) is None:
-            name = meaning.captures[place].name
-            raise FlashfuseError(f"capture {name} needs a gradient but is read at computed positions; detach it")
+class _Attention(torch.autograd.Function):
+    """Attention with gradients of query, key, value and of every float capture that asks for one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: Any, spec: str, layout: str, query: Tensor, key: Tensor, value: Tensor, *captures: Tensor
+    ) -> Any:
+        out, stats = torch.ops.flashfuse.attention_forward(query, key, value, list(captures), sizes, spec, layout)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(query, key, value, out, stats, *captures)
+        ctx.sizes, ctx.spec = sizes, spec
+        ctx.needs = [bool(needed) for needed in ctx.needs_input_grad[6:]]
+        return out, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> Any:
+        query, key, value, out, stats, *captures = ctx.saved_tensors
+        found = torch.ops.flashfuse.attention_backward(
+            grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec
+        )
+        rest = iter(found[3:])
+        return None, None, None, *found[:3], *(next(rest) if needed else None for needed in ctx.needs)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> tuple[Any, ...]:
-    query, key, value, out, stats, *captures = ctx.saved_tensors
-    found = torch.ops.flashfuse.attention_backward(
-        grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec
-    )
-    rest = iter(found[3:])
-    gradients = [next(rest) if wanted else None for wanted in ctx.needs]
-    # the structure must be that of the inputs; an empty list counts as a list, one of integers as a leaf
-    return found[0], found[1], found[2], gradients, None if ctx.sizes else [], None, None
-
-
-def _no_double_backward(ctx: Any, *_gradients: Any) -> Any:
+def _no_second_derivative(ctx: Any, *_gradients: Any) -> Any:
     raise FlashfuseError(
         "a fused attention has no second derivative; compile this model without flashfuse "
         '(backend="inductor"), or leave the attention out with torch.compiler.disable'
     )
 
 
-torch.library.register_autograd("flashfuse::attention", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("flashfuse::attention_backward", _no_double_backward, lib=_library)
+# with create_graph=True the backward is differentiated: without this its gradients would be silently taken for constants
+torch.library.register_autograd("flashfuse::attention_backward", _no_second_derivative, lib=_library)
+
+
+def _check_needs(spec: AttentionSpec, needs: Sequence[bool]) -> None:
+    for place, needed in enumerate(needs):
+        if needed and plain_load_letters(spec, place) is None:
+            name = spec.captures[place].name
+            raise FlashfuseError(f"capture {name} needs a gradient but is read at computed positions; detach it")
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: str, layout: str
+) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return torch.ops.flashfuse.attention_forward(query, key, value, captures, sizes, spec, layout)
+    _check_needs(from_text(spec), [capture.requires_grad for capture in captures])
+    return _Attention.apply(sizes, spec, layout, query, key, value, *captures)  # type: ignore[no-any-return]
+
+
+_library.impl("attention", _attention, "CompositeImplicitAutograd")
 
 
 # ------------------------------------------------------------------------------------------------ fence

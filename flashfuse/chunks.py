@@ -75,7 +75,8 @@ class Call:
 
     def _choose_rows(self) -> tuple[int, ChunkRanges]:
         shape = self.shape
-        if shape.B * shape.H * shape.M * shape.N <= min(_SMALL, self.budget):
+        scores = shape.B * shape.H * shape.M * shape.N
+        if scores <= min(_SMALL, self.budget):
             return shape.M, all_keys(shape.N, masked=self.spec.split.keep is not None)
         wished = 2 * _ROWS if self.spec.split.keep is None else _ROWS  # small ones follow a mask's border closely
         rows = min(shape.M, max(16, wished // shape.group))

@@ -17,7 +17,8 @@ PACKAGES = {"flashfuse", "flashfuse.ir", "flashfuse.patterns", "flashfuse.codege
 LAYERS = (
     ("flashfuse.errors", "flashfuse.refusal", "flashfuse.options"),
     ("flashfuse.ir",),
-    ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunked_attention"),
+    ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunked_attention",
+     "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen"),
     ("flashfuse.records", "flashfuse.rewrite", "flashfuse.attention_op", "flashfuse.dump"),
     ("flashfuse.backend", "flashfuse.report"),

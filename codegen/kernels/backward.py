@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102, SIM108 -- a branch on a constexpr must be a statement of its own
+# ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
 """Backward: recompute the probabilities from the row statistics (FlashAttention-2, Algorithm 2), in three kernels.
 
 `flashfuse_delta` prepares the rows, `flashfuse_grad_key_value` owns a block of keys and loops over queries in the

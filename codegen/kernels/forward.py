@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102, SIM108 -- a branch on a constexpr must be a statement of its own
+# ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
 """Forward: one program for a block of queries of one head, walking over the keys that its mask can keep.
 
 FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the accumulator a block, one division last.
@@ -31,8 +31,8 @@ def attend(
     """Attend to the key blocks [lo, hi): the accumulator, the sum of exponentials and the largest score so far.
 
     One loop: only blocks outside [full_lo, full_hi) take the branch that masks; without BRANCH all blocks are masked.
-    MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the maximum before any scaling, as
-    scores near the smallest float need it.
+    MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the
+    maximum before any scaling, as scores near the smallest float need it.
     """
     for first in tl.range(lo, hi, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)[None, :]

@@ -73,7 +73,9 @@ def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim:
     """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least."""
     itemsize = 4 if dtype == "fp32" else 2
     heavy = spec.score.loads() != () or spec.score.uses("tanh")
-    plan = kernel_plan(divmod(target, 10), itemsize, head_dim, heavy)
+    plan = kernel_plan(
+        divmod(target, 10), itemsize, head_dim, heavy=heavy, masked=spec.split.keep is not None
+    )
     reports: list[dict[str, object]] = []
     for tile in getattr(plan, kernel.removesuffix("_low")):
         reports.append(compile_kernel(spec, kernel, target, dtype, head_dim, tile, even))

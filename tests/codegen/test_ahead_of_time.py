@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_report.py"
-MAX_SPILL = 64  # bytes a thread
+MAX_SPILL = 192  # bytes a thread: what the launcher accepts, see `plan._MASKED`
 
 
 @pytest.mark.parametrize(

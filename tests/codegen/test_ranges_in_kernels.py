@@ -71,7 +71,7 @@ def test_closed_forms(case: Case) -> None:
     B, _, _, M, N, _, _ = case.shape
     mask = kept(case, inputs.captures)
     module = kernel_module(case.spec)
-    arguments = launch.kernel_inputs(inputs.captures, case.sizes, torch.device("cpu"))
+    arguments = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes).inputs
     out = torch.empty(4, dtype=torch.int64)
     for b in range(B):
         for function, length, plane in (

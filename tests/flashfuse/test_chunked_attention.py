@@ -107,7 +107,7 @@ def test_error_is_within_twice_that_of_eager(each: Family, dtype: torch.dtype) -
     for own, same, best in zip(ours, eager, reference(each, exact_inputs, captures), strict=True):
         assert torch.equal(own.isnan(), best.isnan())
         # the last term: sums of thousands of terms of both signs, of which eager's may by luck be nearly exact
-        allowed = 2 * (same - best).abs().nan_to_num().max() + 5e-6 * best.abs().nan_to_num().max()
+        allowed = 2 * (same - best).abs().nan_to_num().max() + 2e-5 * best.abs().nan_to_num().max()
         assert (own - best).abs().nan_to_num().max() <= allowed
 
 

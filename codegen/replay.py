@@ -1,0 +1,182 @@
+"""Repeating a call's launches without Triton's argument binding.
+
+Triton binds and specialises every argument at every launch, some 50 microseconds with these argument lists. What it finds
+depends only on shapes, strides, dtypes, alignment and constants. So the launches of a call are recorded once for each
+such signature, with every tensor replaced by what it was in the call, and then repeated on the tensors of later calls
+through the compiled kernels' own launcher.
+
+That launcher is an internal of Triton: it is used only if this Triton calls it in exactly the known way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KNOWN_CALL = "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,"
+
+
+@cache
+def available() -> bool:
+    """Whether compiled kernels can be launched directly with this Triton."""
+    try:
+        from triton.runtime.jit import JITFunction
+
+        return _KNOWN_CALL in inspect.getsource(JITFunction.run)
+    except (ImportError, OSError, TypeError, AttributeError):
+        return False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor of the call: the given one of this number, or (`scratch`) the allocated one."""
+
+    number: int
+    scratch: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; `arguments` are all of the kernel's parameters in order, tensors as slots."""
+
+    kernel: Any
+    blocks: int
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An uninitialised tensor that the call makes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Recording:
+    """What one call does, in order: allocations, then launches. `results` are the slots of its scratch results."""
+
+    given: Sequence[Tensor]
+    allocations: list[Allocation] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    results: tuple[Slot, ...] = ()
+    sound: bool = True  # False once something happened that cannot be repeated
+    _slots: dict[int, Slot] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)  # so that no object's id is used again while recording
+
+    def __post_init__(self) -> None:
+        self._slots = {id(tensor): Slot(number, False) for number, tensor in enumerate(self.given)}
+
+    def allocated(self, tensor: Tensor) -> None:
+        """Note a tensor that the call made."""
+        self._slots[id(tensor)] = Slot(len(self.allocations), True)
+        self.allocations.append(Allocation(tuple(tensor.shape), tensor.dtype))
+        self._kept.append(tensor)
+
+    def shown(self, view: Tensor, tensor: Tensor) -> None:
+        """Note that a view starts at the same address as a tensor of the call."""
+        slot = self._slots.get(id(tensor))
+        if slot is not None:
+            self._slots[id(view)] = slot
+            self._kept.append(view)
+
+    def launched(self, kernel: Any, blocks: int, function: Any, positional: Sequence[Any], named: dict[str, Any]) -> None:
+        """Note a launch of a compiled kernel."""
+        names = function.arg_names
+        if kernel is None or len(positional) > len(names) or not hasattr(kernel, "packed_metadata"):
+            self.sound = False
+            return
+        values = [*positional, *(named.get(name) for name in names[len(positional) :])]
+        self.launches.append(Launch(kernel, blocks, tuple(self._template(value) for value in values)))
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._template(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        slot = self._slots.get(id(value))
+        if slot is None:
+            self.sound = False
+            return value
+        return slot
+
+    def finish(self, results: Sequence[Tensor]) -> Replay | None:
+        """The replay, or None if the call cannot be repeated this way."""
+        slots = [self._slots.get(id(tensor)) for tensor in results]
+        if not self.sound or any(slot is None for slot in slots):
+            return None
+        return Replay(tuple(self.allocations), tuple(self.launches), tuple(slots))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recorded call, ready to be repeated on other tensors of the same signature."""
+
+    allocations: tuple[Allocation, ...]
+    launches: tuple[Launch, ...]
+    results: tuple[Slot, ...]
+
+    def __call__(self, given: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Run on the current stream of the current device, which must be `device`; returns the results."""
+        from triton.runtime import driver
+
+        scratch = [torch.empty(each.shape, dtype=each.dtype, device=device) for each in self.allocations]
+        stream = driver.active.get_current_stream(device.index)
+
+        def filled(value: Any) -> Any:
+            if type(value) is Slot:
+                return scratch[value.number] if value.scratch else given[value.number]
+            return tuple(filled(item) for item in value) if type(value) is tuple else value
+
+        for launch in self.launches:
+            kernel = launch.kernel
+            arguments = [filled(value) if type(value) in (Slot, tuple) else value for value in launch.arguments]
+            kernel.run(launch.blocks, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+        return [scratch[slot.number] if slot.scratch else given[slot.number] for slot in self.results]
+
+
+_replays: dict[Any, Replay | None] = {}
+_seen: set[Any] = set()
+
+
+def signature(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """All that Triton's specialisation looks at."""
+    return tuple((t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors)
+
+
+def repeated(
+    key: Any, given: Sequence[Tensor], device: torch.device, run: Callable[[Recording | None], Sequence[Tensor]]
+) -> Sequence[Tensor]:
+    """Repeat a recorded call, or `run` it: plainly the first time, with a recording the second time.
+
+    `run(recording)` makes the call; `key` must hold all that decides what it does besides the tensors' signature.
+    """
+    if device.type != "cuda" or not available() or _hooked() or device.index != torch.cuda.current_device():
+        return run(None)
+    if len({id(tensor) for tensor in given}) != len(given):
+        return run(None)  # one tensor in two places: which of the two a launch took could not be told
+    key = (key, device.index, signature(given))
+    replay = _replays.get(key)
+    if replay is not None:
+        return replay(given, device)
+    if key in _replays or key not in _seen:
+        _seen.add(key)
+        return run(None)
+    recording = Recording(given)
+    results = run(recording)
+    _replays[key] = recording.finish(results)
+    return results
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches; then Triton's own way is taken."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,0 +1,110 @@
+"""Repeating recorded launches: the same kernels on the tensors of the later call, never on those of the recorded one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashfuse.codegen import launch, replay
+from flashfuse.codegen.replay import Recording, Replay, Slot
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+from specs import dense_attention, make_inputs
+from test_kernels import run_kernels
+
+
+def compiled() -> SimpleNamespace:
+    """What the recorder needs of a compiled kernel."""
+    return SimpleNamespace(packed_metadata=(), function=0)
+
+
+FUNCTION = SimpleNamespace(arg_names=["x", "out", "inputs", "size", "BLOCK"])
+
+
+def test_a_recording_replaces_tensors_by_their_roles():
+    x, capture = torch.ones(2), torch.zeros(3, dtype=torch.bool)
+    recording = Recording([x, capture])
+    out = torch.empty(2)
+    recording.allocated(out)
+    shown = capture.view(torch.int8)
+    recording.shown(shown, capture)
+    recording.launched(compiled(), 7, FUNCTION, (x, out, (shown, 1)), {"size": 2, "BLOCK": 16, "num_warps": 4})
+    found = recording.finish([out])
+    assert isinstance(found, Replay)
+    (only,) = found.launches
+    assert only.blocks == 7
+    assert only.arguments == (Slot(0, False), Slot(0, True), (Slot(1, False), 1), 2, 16)
+    assert found.results == (Slot(0, True),)
+
+
+def test_what_cannot_be_repeated_is_not():
+    x = torch.ones(2)
+    unknown = Recording([x])
+    unknown.launched(compiled(), 1, FUNCTION, (x, torch.empty(2), ()), {})
+    assert unknown.finish([x]) is None
+    declared = Recording([x])
+    declared.sound = False
+    assert declared.finish([x]) is None
+    assert Recording([x]).finish([torch.empty(1)]) is None
+    assert Recording([x]).finish([x]) is not None
+
+
+def test_the_signature_sees_all_that_triton_specialises_on():
+    x = torch.zeros(64, dtype=torch.float16)
+    base = replay.signature([x[:16]])
+    assert replay.signature([x[8:24]]) == base
+    assert replay.signature([x[1:17]]) != base
+    assert replay.signature([x[:32:2]]) != base
+    assert replay.signature([x[:16].float()]) != base
+
+
+def test_the_cpu_is_never_repeated():
+    calls = []
+    for _ in range(3):
+        replay.repeated("key", [torch.ones(1)], torch.device("cpu"), lambda recording: calls.append(recording) or [])
+    assert calls == [None, None, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["causal", "window", "plain_gqa", "documents", "padding", "causal_additive", "softcap"])
+def test_repeated_calls_on_a_gpu_are_right(name: str):
+    """Fresh tensors at every call; the third and later calls are repeats."""
+    case = next(case for case in CASES if case.name == name)
+    assert replay.available()
+    replay._replays.clear()
+    for attempt in range(5):
+        torch.manual_seed(attempt)
+        inputs = make_inputs(case, torch.float16, device="cuda")
+        out, gradients = run_kernels(case, inputs)
+        reference, reference_gradients = dense_attention(case, inputs, torch.float64)
+        for mine, best in zip([out, *gradients], [reference, *reference_gradients], strict=True):
+            torch.testing.assert_close(mine.double(), best.double(), atol=2e-2, rtol=2e-2)
+    assert any(found is not None for found in replay._replays.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_tensor_as_key_and_value_is_not_confused():
+    case = next(case for case in CASES if case.name == "plain")
+    x = [torch.randn(1, 2, 64, 32, device="cuda", dtype=torch.float16) for _ in range(6)]
+    for q, k, v in ((x[0], x[1], x[1]), (x[0], x[2], x[2]), (x[0], x[3], x[4]), (x[0], x[4], x[5]), (x[0], x[5], x[1])):
+        out = torch.empty_like(q)
+        launch.forward(case.spec, q, k, v, [], [], out)
+        scores = launch.Call(case.spec, q, k, v, [], [])
+        assert scores.B == 1
+        weights = _weights(case, q, k)
+        torch.testing.assert_close(out.double(), weights @ v.double(), atol=1e-2, rtol=1e-2)
+
+
+def _weights(case, q, k):
+    from flashfuse.ir.score_program import evaluate
+
+    raw = q.double() @ k.double().mT
+    (final,) = evaluate(case.spec.score, lambda statement, _operands: raw if statement.op == "score" else None)
+    return final.softmax(-1)
