@@ -130,9 +130,7 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
     if wanted:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
-    grad_query = call.empty((call.B, call.H, call.M, call.D), call.query.dtype)
-    grad_key = call.empty((call.B, call.G, call.N, call.D), call.key.dtype)
-    grad_value = call.empty((call.B, call.G, call.N, call.E), call.value.dtype)
+    grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
     call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
     call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
     if call.low_rows:
@@ -188,7 +186,14 @@ class Call:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new uninitialised tensor on the call's device."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.query.device)
+        return self._noted(torch.empty(shape, dtype=dtype, device=self.query.device))
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """A new uninitialised tensor in the layout of another, where that is dense and has a unit last stride."""
+        like = torch.empty_like(tensor)
+        return self._noted(like if like.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format))
+
+    def _noted(self, tensor: Tensor) -> Tensor:
         if self.recording is not None:
             self.recording.allocated(tensor)
         return tensor

@@ -55,6 +55,7 @@ class Allocation:
     """An uninitialised tensor that the call makes."""
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
 
 
@@ -76,7 +77,7 @@ class Recording:
     def allocated(self, tensor: Tensor) -> None:
         """Note a tensor that the call made."""
         self._slots[id(tensor)] = Slot(len(self.allocations), True)
-        self.allocations.append(Allocation(tuple(tensor.shape), tensor.dtype))
+        self.allocations.append(Allocation(tuple(tensor.shape), tensor.stride(), tensor.dtype))
         self._kept.append(tensor)
 
     def shown(self, view: Tensor, tensor: Tensor) -> None:
@@ -126,7 +127,7 @@ class Replay:
         """Run on the current stream of the current device, which must be `device`; returns the results."""
         from triton.runtime import driver
 
-        scratch = [torch.empty(each.shape, dtype=each.dtype, device=device) for each in self.allocations]
+        scratch = [torch.empty_strided(each.shape, each.strides, dtype=each.dtype, device=device) for each in self.allocations]
         stream = driver.active.get_current_stream(device.index)
 
         def filled(value: Any) -> Any:

@@ -188,19 +188,25 @@ class _Attention(torch.autograd.Function):
         found = torch.ops.flashfuse.attention_backward(
             grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec
         )
+        if torch.is_grad_enabled():  # create_graph=True: without this the gradients would be silently taken for constants
+            found = _NoSecondDerivative.apply(len(found), *found, grad_out, query, key, value, *captures)
         rest = iter(found[3:])
         return None, None, None, *found[:3], *(next(rest) if needed else None for needed in ctx.needs)
 
 
-def _no_second_derivative(ctx: Any, *_gradients: Any) -> Any:
-    raise FlashfuseError(
-        "a fused attention has no second derivative; compile this model without flashfuse "
-        '(backend="inductor"), or leave the attention out with torch.compiler.disable'
-    )
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gives gradients back as functions of the inputs whose own derivative is a clear error."""
 
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
-# with create_graph=True the backward is differentiated: without this its gradients would be silently taken for constants
-torch.library.register_autograd("flashfuse::attention_backward", _no_second_derivative, lib=_library)
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise FlashfuseError(
+            "a fused attention has no second derivative; compile this model without flashfuse "
+            '(backend="inductor"), or leave the attention out with torch.compiler.disable'
+        )
 
 
 def _check_needs(spec: AttentionSpec, needs: Sequence[bool]) -> None:

@@ -73,7 +73,7 @@ def _strip_new(value: Value, known: dict[int, _Stripped]) -> _Stripped:
         return _strip_where(value, known)
     if name == "add":
         return _strip_add(value, _strip(operands[0], known), _strip(operands[1], known))
-    if name == "sub" and operands[1].constant is None:
+    if name == "sub" and _strip(operands[1], known).keep is None and _strip(operands[1], known).kept is not None:
         return _rebuild(value, "sub", _strip(operands[0], known), operands[1], lambda fill: fill)
     other = operands[1].constant if len(operands) == 2 else None
     if name in ("mul", "div") and other is not None and other > 0:

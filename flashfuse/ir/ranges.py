@@ -18,7 +18,7 @@ import torch
 
 from flashfuse.ir.derivative import index_letters
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
-from flashfuse.ir.score_program import LEAVES, Builder, ScoreProgram, Statement, Value
+from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, Value
 
 _FLIPPED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 
@@ -313,7 +313,9 @@ def block_certainty(keep: ScoreProgram) -> Certainty:
             intervals.append((exact[number], exact[number]))
             continue
         found: tuple[Value, Value] | None = None
-        if statement.op in LEAVES and len(letters) == 1 and statement.op in ("index", "load"):
+        # a vector of floats may hold NaN, which has no place between a smallest and a largest value
+        ordered = statement.kind is not Kind.FLOAT and statement.op in ("index", "load")
+        if ordered and len(letters) == 1:
             found = _bounded_leaf(builder, inputs, statement, letters.pop())
         elif statement.op in SCORE_OPS:
             row = SCORE_OPS[statement.op]
