@@ -57,8 +57,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [_versions(), self._summary()]
-        for number, site in enumerate(self.sites, 1):
-            lines += ["", *(_fused_lines(number, site) if site.spec else _refused_lines(number, site))]
+        for label, site in _grouped(self.sites):
+            lines += ["", *(_fused_lines(label, site) if site.spec else _refused_lines(label, site))]
         lines += [f"\nA graph could not be read: {graph.failure}" for graph in self.graphs if graph.failure]
         if self.error:
             lines.append(f"\nThe model itself raised: {self.error}")
@@ -107,10 +107,22 @@ def _versions() -> str:
     return f"flashfuse {flashfuse.__version__}  torch {torch.__version__}{triton}  python {platform.python_version()}  {device}"
 
 
-def _fused_lines(number: int, site: SiteRecord) -> list[str]:
+def _grouped(sites: tuple[SiteRecord, ...]) -> list[tuple[str, SiteRecord]]:
+    """Neighbours that read the same, as one: layers of a model repeat. The label is their number, or `first-last`."""
+    groups: list[tuple[int, int, SiteRecord]] = []
+    for number, site in enumerate(sites, 1):
+        lines = _fused_lines if site.spec else _refused_lines
+        if groups and bool(groups[-1][2].spec) == bool(site.spec) and lines("", groups[-1][2]) == lines("", site):
+            groups[-1] = (groups[-1][0], number, site)
+        else:
+            groups.append((number, number, site))
+    return [(str(first) if first == last else f"{first}-{last}", site) for first, last, site in groups]
+
+
+def _fused_lines(label: str, site: SiteRecord) -> list[str]:
     spec = site.spec
     assert spec is not None
-    lines = [f"[{number}] FUSED       {site.where or site.anchor}   {_shape(site)}"]
+    lines = [f"[{label}] FUSED       {site.where or site.anchor}   {_shape(site)}"]
     lines += [f"    {word:<8}{formula}" for word, formula in spec.describe()]
     if spec.captures:
         lines.append("    reads   " + ", ".join(f"{c.name} ({c.kind.value}, {c.rank}-d)" for c in spec.captures))
@@ -128,11 +140,11 @@ _ROWS = {
 }
 
 
-def _refused_lines(number: int, site: SiteRecord) -> list[str]:
+def _refused_lines(label: str, site: SiteRecord) -> list[str]:
     found = site.refusal
     assert found is not None
     lines = [
-        f"[{number}] LEFT ALONE  {found.where or site.where or site.anchor}   {found.code} {found.entry.title}",
+        f"[{label}] LEFT ALONE  {found.where or site.where or site.anchor}   {found.code} {found.entry.title}",
         f"    {found.entry.meaning}",
         f"    found   {found.found}, at {found.node}",
     ]

@@ -37,7 +37,10 @@ class Rewriter:
         result = self.graph.graph_copy(module.graph, self.copies)
         output = next(node for node in module.graph.nodes if node.op == "output")
         self.graph.output(result).meta.update(output.meta)
+        self.originals = {copy: node for node, copy in self.copies.items()}
+        self.effects = _Effects(form)
         self.added: dict[fx.Node, fx.Node] = {}  # normal form node -> node of the new graph
+        self.replaced: dict[fx.Node, fx.Node] = {}  # captured node whose result an attention now gives -> that result
         self.expanded: set[fx.Node] = set()
         self.changed = False
 
@@ -66,8 +69,13 @@ class Rewriter:
                     user.replace_all_uses_with(result)
         else:
             target.replace_all_uses_with(result)
+            self.replaced[origin.node] = result
         self.changed = True
         self._erase(origin.node)
+
+    def now(self, node: fx.Node) -> fx.Node | None:
+        """What gives a captured node's result in the new graph; None if nothing does any more."""
+        return self.replaced.get(node) or (None if self.copies[node]._erased else self.copies[node])
 
     def fence(self, anchor: fx.Node) -> bool:
         """Hide a softmax's result from Inductor's own attention matcher. False if the graph does not name it."""
@@ -127,65 +135,63 @@ class Rewriter:
     # ------------------------------------------------------------------------------------------ erasing
 
     def _erase(self, last: fx.Node) -> None:
-        """Erase what only the replaced output needed: never a node whose effect somebody else can see."""
-        writers: dict[int, set[fx.Node]] = {}
-        by_time = {time: node for node, time in self.form.times.items()}
-        for time, storage in self.form.writes:
-            writers.setdefault(storage, set()).add(by_time[time])
-        owners: dict[int, set[fx.Node]] = {}
-        for origins in self.form.origins.values():
-            for origin in origins:
-                owners.setdefault(origin.storage, set()).add(origin.node)
-        dead = self._backward_slice(last, writers, owners)
-        changed = True
-        while changed:
-            keep = {node for node in dead if not self._may_go(node, dead, writers, owners)}
-            dead -= keep
-            changed = bool(keep)
-        for node in reversed(list(self.module.graph.nodes)):
-            if node in dead and self.copies[node].graph is self.graph and not self.copies[node]._erased:
+        """Erase what only the replaced output needed: never a node whose effect somebody else can see.
+
+        A node goes when its last user has gone; nodes that write to or show one written storage go together.
+        """
+        dead: set[fx.Node] = set()
+        pending = [last]
+        while pending:
+            unit = self.effects.unit(pending.pop())
+            if unit & dead or not all(self._may_go(node, dead | unit) for node in unit):
+                continue
+            dead |= unit
+            pending.extend(argument for node in unit for argument in node.all_input_nodes)
+        for node in sorted(dead, key=lambda node: self.form.times[node], reverse=True):
+            if not self.copies[node]._erased:
                 self.graph.erase_node(self.copies[node])
 
-    def _backward_slice(
-        self, last: fx.Node, writers: dict[int, set[fx.Node]], owners: dict[int, set[fx.Node]]
-    ) -> set[fx.Node]:
-        """All captured calls that `last` depends on, calls that write into one of their results included."""
-        storages: dict[fx.Node, list[int]] = {}
-        for storage, nodes in owners.items():
+    def _may_go(self, node: fx.Node, dead: set[fx.Node]) -> bool:
+        if node.op not in ("call_function", "call_method") or is_opaque(node) or node in self.effects.random:
+            return False
+        return all(self.originals.get(user) in dead for user in self.copies[node].users)
+
+
+class _Effects:
+    """What captured nodes do besides giving a result: the written storages, and the use of random numbers."""
+
+    def __init__(self, form: NormalForm) -> None:
+        by_time = {time: node for node, time in form.times.items()}
+        self.touching: dict[int, set[fx.Node]] = {}  # written storage -> nodes that write or show it
+        for time, storage in form.writes:
+            self.touching.setdefault(storage, set()).add(by_time[time])
+        for origins in form.origins.values():
+            for origin in origins:
+                if origin.storage in self.touching:
+                    self.touching[origin.storage].add(origin.node)
+        self.storages: dict[fx.Node, list[int]] = {}
+        for storage, nodes in self.touching.items():
             for node in nodes:
-                storages.setdefault(node, []).append(storage)
+                self.storages.setdefault(node, []).append(storage)
+        self.random = {
+            made_by
+            for node, made_by in form.produced.items()
+            if isinstance(node.target, torch._ops.OpOverload)
+            and torch.Tag.nondeterministic_seeded in node.target.tags
+            and not _is_idle_dropout(node)
+        }
+
+    def unit(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes that can only go together with this one."""
         found: set[fx.Node] = set()
-        stack = [last]
+        stack = [node]
         while stack:
-            node = stack.pop()
-            if node in found or node.op not in ("call_function", "call_method"):
-                continue
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-            for storage in storages.get(node, ()):
-                stack.extend(writers.get(storage, ()))
+            current = stack.pop()
+            if current not in found:
+                found.add(current)
+                for storage in self.storages.get(current, ()):
+                    stack.extend(self.touching[storage])
         return found
-
-    def _may_go(
-        self, node: fx.Node, dead: set[fx.Node], writers: dict[int, set[fx.Node]], owners: dict[int, set[fx.Node]]
-    ) -> bool:
-        copy = self.copies[node]
-        if node.op not in ("call_function", "call_method") or is_opaque(node) or self._is_random(node):
-            return False
-        if copy._erased:
-            return True
-        originals = {new: old for old, new in self.copies.items()}
-        if any(originals.get(user) not in dead for user in copy.users):
-            return False
-        written = [storage for storage, nodes in writers.items() if node in nodes]
-        return all(owners.get(storage, set()) <= dead for storage in written)
-
-    def _is_random(self, node: fx.Node) -> bool:
-        return any(
-            isinstance(each.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in each.target.tags
-            for each, made_by in self.form.produced.items()
-            if made_by is node and not _is_idle_dropout(each)
-        )
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
@@ -238,12 +244,12 @@ class _Calls:
         if known is not None:
             return known
         origin = self.rewriter.form.origin(node, self.at)
-        if origin is not None and not self.rewriter.copies[origin.node]._erased:
-            found = self.rewriter.copies[origin.node]
+        found = None if origin is None else self.rewriter.now(origin.node)
+        if origin is not None and found is not None:
             for place in origin.path:
                 found = self.call(operator.getitem, found, place)
             return found
-        if self.rewriter.form.origins.get(node):
+        if self.rewriter.form.origins.get(node) and origin is None:
             raise Refused("FF303", node, "its value is overwritten before the attention is finished")
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             raise Refused("FF304", node, "the captured graph has no value for it")

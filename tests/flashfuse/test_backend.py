@@ -176,6 +176,18 @@ def test_explain_tells_why_not():
     assert json.loads(report.to_json())["sites"][0]["code"] == "FF301"
 
 
+def test_explain_shows_equal_layers_once():
+    def layers(q, k, v):
+        for _ in range(3):
+            q = attention(q, k, v)
+        return q
+
+    report = flashfuse.explain(layers, *qkv())
+    assert len(report.fused) == 3
+    assert str(report).count("FUSED") == 1
+    assert "[1-3] FUSED" in str(report)
+
+
 def test_explain_on_a_model_that_raises_or_has_no_attention():
     def raising(x):
         raise ValueError("the model's own")
