@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class RangeTables:
     """The tables of one call."""
 
     def __init__(self, call: Call) -> None:
-        self.call = call
+        self.call: Call = weakref.proxy(call)  # the call owns its tables; a cycle would keep its tensors alive
         self.none = Table(call.query, (0, 0), 0)
         self._bounds: dict[tuple[bool, int], Tensor] = {}
         keep = call.spec.split.keep

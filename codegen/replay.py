@@ -110,6 +110,8 @@ class Recording:
     def finish(self, results: Sequence[Tensor]) -> Replay | None:
         """The replay, or None if the call cannot be repeated this way."""
         slots = [self._slots.get(id(tensor)) for tensor in results]
+        self._slots.clear()
+        self._kept.clear()
         if not self.sound or any(slot is None for slot in slots):
             return None
         return Replay(tuple(self.allocations), tuple(self.launches), tuple(slots))  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +70,27 @@ def test_the_cpu_is_never_repeated():
     for _ in range(3):
         replay.repeated("key", [torch.ones(1)], torch.device("cpu"), lambda recording: calls.append(recording) or [])
     assert calls == [None, None, None]
+
+
+def test_nothing_keeps_a_calls_tensors_alive():
+    """Without the garbage collector: a gradient that somebody else holds is copied by autograd, and memory grows."""
+    case = next(case for case in CASES if case.name == "documents")
+    inputs = make_inputs(case, torch.float32)
+    gc.disable()
+    try:
+        call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
+        alive = weakref.ref(call)
+        del call
+        assert alive() is None
+        recording = Recording([inputs.query])
+        scratch = torch.empty(2)
+        recording.allocated(scratch)
+        assert recording.finish([scratch]) is not None
+        gone = weakref.ref(scratch)
+        del scratch
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
