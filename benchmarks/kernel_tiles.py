@@ -19,8 +19,8 @@ from measure import ResultFile
 from flashfuse.codegen import launch
 from flashfuse.codegen.plan import Tile
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder
 
 TILES = {
     "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)),

@@ -16,7 +16,8 @@ from torch import Tensor
 from flashfuse.chunk_scores import linear_score
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.mask import LOW_SCORE
-from flashfuse.ir.score_program import Builder, ScoreProgram
+from flashfuse.ir.score_builder import Builder
+from flashfuse.ir.score_program import ScoreProgram
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIGHEST = 1.0e30  # scores that may be larger, infinite or NaN are left to the exact path

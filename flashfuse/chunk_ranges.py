@@ -17,8 +17,9 @@ from torch import Tensor
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.ranges import Bounded
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, evaluate
+from flashfuse.ir.score_program import ScoreProgram, Statement, evaluate
 
 KEY_BLOCK = 64  # keys in a block of the interval evaluation; more where that would make more than _KEY_BLOCKS
 _KEY_BLOCKS = 256

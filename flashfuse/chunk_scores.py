@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flashfuse.chunk_ranges import element
 from flashfuse.chunks import Call, Chunk, Scratch
-from flashfuse.ir.score_program import INDICES, LEAVES, Builder, ScoreProgram, Statement, Value, evaluate
+from flashfuse.ir.score_builder import Builder, Value
+from flashfuse.ir.score_program import INDICES, LEAVES, ScoreProgram, Statement, evaluate
 
 
 class Window:

@@ -24,7 +24,8 @@ from flashfuse.chunks import Call, Chunk, Scratch, grouped, score_dtype, shape_o
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows, plain_load_letters
 from flashfuse.ir.mask import LOW_SCORE
-from flashfuse.ir.score_program import Builder, ScoreProgram
+from flashfuse.ir.score_builder import Builder
+from flashfuse.ir.score_program import ScoreProgram
 
 
 def forward(

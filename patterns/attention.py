@@ -11,8 +11,8 @@ from torch import fx
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows, plain_load_letters
 from flashfuse.ir.mask import LOW_SCORE
 from flashfuse.ir.ranges import rows_never_empty
+from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Value
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flashfuse.ir.score_program import Value
+from flashfuse.ir.score_builder import Value
 
 Size = Any  # int or SymInt
 _numbers = itertools.count()

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from flashfuse.ir.mask import MASK_FILL
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import LEAVES, Builder, ScoreProgram, Value
+from flashfuse.ir.score_program import LEAVES, ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Dim, Index, refined
 from flashfuse.patterns.calls import Call, bind, shape, value_of

@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
 from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Value
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.attention import Match, assemble, check_capabilities, check_gradients
 from flashfuse.patterns.calls import Call, bind, is_tensor, shape, value_of

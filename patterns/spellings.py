@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Value
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Index
 from flashfuse.patterns.calls import Call, normal_dim, shape, static_sizes, value_of

@@ -20,7 +20,7 @@ LAYERS = (
     ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunked_attention",
      "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen"),
-    ("flashfuse.records", "flashfuse.rewrite", "flashfuse.attention_op", "flashfuse.dump"),
+    ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.dump"),
     ("flashfuse.backend", "flashfuse.report"),
     ("flashfuse",),
 )

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flashfuse.errors import InternalError
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Value
+from flashfuse.ir.score_program import ScoreProgram
 
 
 @dataclass(frozen=True)

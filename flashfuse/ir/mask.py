@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Value
+from flashfuse.ir.score_program import ScoreProgram
 
 # A fill at or below this is a mask. fp16's own minimum (-65504) is; -10000, which a score can come near to, is not:
 # such a fill is computed as the ordinary number that it is.

@@ -17,8 +17,9 @@ from functools import lru_cache
 import torch
 
 from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, Value
+from flashfuse.ir.score_program import ScoreProgram, Statement
 
 _FLIPPED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, Value
 
 LOWEST = float(torch.finfo(torch.float32).min)
 

@@ -14,8 +14,9 @@ from flashfuse.codegen import launch
 from flashfuse.codegen.emit import KERNELS
 from flashfuse.codegen.score_text import InputLayout, ScoreText, constant_text, function_text, identifiers
 from flashfuse.ir.attention_spec import Capture
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Value, evaluate
+from flashfuse.ir.score_program import ScoreProgram, evaluate
 
 interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashfuse import aten_flash, chunked_attention
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
-from flashfuse.ir.score_program import Value
+from flashfuse.ir.score_builder import Value
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, Write

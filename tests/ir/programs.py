@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, Value, evaluate
+from flashfuse.ir.score_program import ScoreProgram, Statement, evaluate
 
 SMOOTH = ("add", "sub", "mul", "div", "neg", "exp", "tanh", "sigmoid", "sqrt", "where", "maximum", "minimum", "abs")
 

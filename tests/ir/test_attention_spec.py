@@ -9,8 +9,8 @@ import pytest
 
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows, from_text, plain_load_letters
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, Value
 
 
 def spec_of(*, source: str = "", rank: int = 3, kind: Kind = Kind.FLOAT, rows: EmptyRows = EmptyRows.EXACT) -> AttentionSpec:

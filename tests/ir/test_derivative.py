@@ -11,8 +11,9 @@ import torch
 from flashfuse.errors import InternalError
 from flashfuse.ir import derivative as derivative_module
 from flashfuse.ir.derivative import differentiate, index_letters
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, evaluate
+from flashfuse.ir.score_program import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import grid_leaf, on_grid, random_score

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flashfuse.ir.mask import LOW_SCORE, split_mask
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Value
+from flashfuse.ir.score_program import ScoreProgram
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import Predicates, on_grid

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flashfuse.ir.ranges import block_certainty, key_ranges, query_ranges, rows_never_empty
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, evaluate
+from flashfuse.ir.score_program import ScoreProgram, evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import Predicates, grid_leaf, on_grid

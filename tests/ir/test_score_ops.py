@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from flashfuse.ir.derivative import differentiate
+from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import SCORE_OPS, Kind, ScoreOp
-from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, Value, evaluate
+from flashfuse.ir.score_program import ScoreProgram, Statement, evaluate
 
 ROWS = list(SCORE_OPS.values())
 POSITIVE = ("log", "sqrt", "rsqrt")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from flashfuse.errors import InternalError
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import Builder, ScoreProgram, Statement, evaluate, from_json, to_json
+from flashfuse.ir.score_program import ScoreProgram, Statement, evaluate, from_json, to_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from programs import Predicates, on_grid, random_score
