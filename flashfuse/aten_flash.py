@@ -16,8 +16,7 @@ from torch import Tensor
 from flashfuse.chunk_scores import linear_score
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.mask import LOW_SCORE
-from flashfuse.ir.score_builder import Builder
-from flashfuse.ir.score_program import ScoreProgram
+from flashfuse.ir.ranges import is_causal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIGHEST = 1.0e30  # scores that may be larger, infinite or NaN are left to the exact path
@@ -82,18 +81,9 @@ def _form(spec: AttentionSpec) -> tuple[float, bool] | None:
     linear = linear_score(spec.split.kept)
     if linear is None or linear.addends is not None or linear.factor <= 0 or spec.captures:
         return None
-    if spec.split.keep is not None and spec.split.keep not in _causal_predicates():
+    if spec.split.keep is not None and not is_causal(spec.split.keep):
         return None
     return linear.factor, spec.split.keep is not None
-
-
-@lru_cache(maxsize=1)
-def _causal_predicates() -> frozenset[ScoreProgram]:
-    """The ways to write n <= m, which keeps key 0 in every row."""
-    builder = Builder()
-    m, n = builder.leaf("index", "m"), builder.leaf("index", "n")
-    ways = (n <= m, m >= n, builder.op("not", n > m), builder.op("not", m < n), (n - m) <= 0, (m - n) >= 0)
-    return frozenset(builder.program(way) for way in ways)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

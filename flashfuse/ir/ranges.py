@@ -61,6 +61,25 @@ def affine(program: ScoreProgram, number: int) -> Affine | None:
     return None
 
 
+def not_negative(program: ScoreProgram, op: str, operands: tuple[int, ...]) -> Affine | None:
+    """The form that is at least 0 exactly where the integer comparison `op` (lt, le, gt, ge) holds, or None."""
+    left, right = (affine(program, operand) for operand in operands)
+    if left is None or right is None or op not in ("lt", "le", "gt", "ge"):
+        return None
+    difference = _combine(left, right, -1) if op in ("gt", "ge") else _combine(right, left, -1)
+    return _combine(difference, Affine(0, 0, 1, ()), -1) if op in ("lt", "gt") else difference
+
+
+def is_causal(keep: ScoreProgram) -> bool:
+    """Whether a predicate is `n <= m`, in whatever way it is written."""
+    number, wanted = keep.result, True
+    while keep.statements[number].op == "not":
+        number, wanted = keep.statements[number].operands[0], not wanted
+    statement = keep.statements[number]
+    op = statement.op if wanted else _FLIPPED.get(statement.op, "")
+    return not_negative(keep, op, statement.operands) == Affine(1, -1, 0, ()) if op in _FLIPPED else False
+
+
 def _combine(a: Affine, b: Affine, sign: int) -> Affine:
     rest = dict(a.rest)
     for number, coefficient in b.rest:
@@ -225,17 +244,10 @@ class _Solver:
         return a if a.number == b.number else a.apply("maximum", a, b)
 
     def compare(self, op: str, operands: tuple[int, ...]) -> _Range:
-        left, right = (affine(self.keep, operand) for operand in operands)
-        if left is None or right is None or op == "ne":
-            return self.unknown()
-        difference = _combine(left, right, -1)
         if op == "eq":
-            return self.both(self.positive(difference), self.positive(_combine(Affine(0, 0, 0, ()), difference, -1)))
-        if op in ("lt", "le"):
-            difference = _combine(Affine(0, 0, 0, ()), difference, -1)
-        if op in ("lt", "gt"):
-            difference = _combine(difference, Affine(0, 0, 1, ()), -1)
-        return self.positive(difference)
+            return self.both(self.compare("le", operands), self.compare("ge", operands))
+        form = not_negative(self.keep, op, operands)
+        return self.unknown() if form is None else self.positive(form)
 
     def positive(self, form: Affine) -> _Range:
         """Where `form >= 0`."""

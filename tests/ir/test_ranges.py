@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashfuse.ir.ranges import block_certainty, key_ranges, query_ranges, rows_never_empty
+from flashfuse.ir.ranges import block_certainty, is_causal, key_ranges, query_ranges, rows_never_empty
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, evaluate
@@ -208,3 +208,12 @@ def test_rows_never_empty_knows_the_usual_masks() -> None:
     assert rows_never_empty(usual["causal"], square=False)  # key 0
     assert not rows_never_empty(usual["causal_end"], square=False)
     assert not rows_never_empty(usual["anti_causal"], square=True)
+
+
+def test_causal_is_recognised_however_it_is_written() -> None:
+    builder = Builder()
+    n, zero, m = builder.leaf("index", "n"), builder.const(0), builder.leaf("index", "m")
+    for way in (n <= m, m >= n, n < m + 1, builder.op("not", n > m), (n - m) <= zero, builder.op("not", (m - n) < zero)):
+        assert is_causal(builder.program(way))
+    for other in (n < m, n <= m + 1, m <= n, n.eq(m), builder.op("not", n <= m), (n <= m) & (n < 3), n <= 5):
+        assert not is_causal(builder.program(other))
