@@ -73,7 +73,7 @@ def _attention_backward(
         from_text(spec), "backward", (query, key, value),
         grad_out, query, key, value, out, stats, captures, sizes, tuple(needs),
     )  # fmt: skip
-    inputs = (query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted))
+    inputs = _differentiated(query, key, value, captures, needs)
     return [_laid_out_like(own, tensor) for own, tensor in zip(found, inputs, strict=True)]
 
 
@@ -93,14 +93,11 @@ def _empty_out(query: Tensor, value: Tensor, layout: str) -> Tensor:
     return laid_out.permute([layout.index(letter) for letter in "bhme"])
 
 
-def _gradient_shapes(
+def _differentiated(
     query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Empty tensors with the gradients' sizes, strides and dtypes: the layout of their inputs where that is dense."""
-    return [
-        torch.empty_like(tensor)
-        for tensor in (query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted))
-    ]
+    """The inputs that get a gradient, in the order of the backward's results."""
+    return [query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted)]
 
 
 def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> Any:
@@ -162,7 +159,7 @@ def _attention_forward_fake(query, key, value, captures, sizes, spec, layout):  
 def _attention_backward_fake(  # type: ignore[no-untyped-def]
     grad_out, query, key, value, out, stats, captures, sizes, needs, spec
 ):
-    return _gradient_shapes(query, key, value, captures, needs)
+    return [torch.empty_like(tensor) for tensor in _differentiated(query, key, value, captures, needs)]
 
 
 # ------------------------------------------------------------------------------------------------ autograd

@@ -21,7 +21,7 @@ from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
 from flashfuse.patterns.normal_form import NormalForm, is_opaque, normalise
 from flashfuse.patterns.search import Site, find_attention, refusal
-from flashfuse.records import GraphRecord, SiteRecord, publish
+from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal, Refused
 from flashfuse.rewrite import Rewriter
 
@@ -45,7 +45,6 @@ def flashfuse(
         _insist(result.record)
     compiled = compile_inner(result.module, example_inputs, chosen)
     count(result.record)  # only now: Dynamo may give this capture up and start over
-    publish(result.record)
     return compiled
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from flashfuse.ir.attention_spec import AttentionSpec
@@ -33,22 +30,3 @@ class GraphRecord:
 
     sites: tuple[SiteRecord, ...]
     failure: str = ""
-
-
-_listeners: ContextVar[tuple[Callable[[GraphRecord], None], ...]] = ContextVar("flashfuse_listeners", default=())
-
-
-def publish(record: GraphRecord) -> None:
-    """Hand a graph's record to everybody who listens in this context."""
-    for listener in _listeners.get():
-        listener(record)
-
-
-@contextmanager
-def listening(listener: Callable[[GraphRecord], None]) -> Iterator[None]:
-    """Call `listener` with the record of every graph compiled inside the block."""
-    token = _listeners.set((*_listeners.get(), listener))
-    try:
-        yield
-    finally:
-        _listeners.reset(token)

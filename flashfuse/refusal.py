@@ -11,21 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Code:
-    """One kind of refusal. `understood`: the attention itself was proved, only flashfuse cannot run it (yet)."""
+    """One kind of refusal."""
 
     code: str
     title: str
     meaning: str
     hint: str
-    understood: bool = False
 
 
 _ROWS = (
     # 1xx: no attention, or none of our business
     Code("FF101", "not an attention", "The softmax does not lie between two matrix products.",
-         "Nothing to do: flashfuse only replaces softmax(QK^T)V.", understood=True),
+         "Nothing to do: flashfuse only replaces softmax(QK^T)V."),
     Code("FF102", "already one kernel", "F.scaled_dot_product_attention without a mask is one fused kernel in PyTorch.",
-         'Nothing to do. options={"sdpa": "always"} takes it anyway.', understood=True),
+         'Nothing to do. options={"sdpa": "always"} takes it anyway.'),
     Code("FF103", "opaque call", "The attention is inside a call that cannot be looked into.",
          "For nn.TransformerEncoder's inference fast path: torch.backends.mha.set_fastpath_enabled(False)."),
     Code("FF104", "could not be read", "The graph could not be brought into normal form.",
@@ -41,10 +40,9 @@ _ROWS = (
          "Keep batch, head, sequence and head_dim as separate axes, or flatten only batch and heads."),
     Code("FF205", "mixed dtypes", "Query and key (or probabilities and value) differ in dtype.",
          "Cast them to one dtype before the product."),
-    Code("FF206", "dtype", "Only float16, bfloat16 and float32 attention has kernels.", "Cast to a supported dtype.",
-         understood=True),
-    Code("FF207", "head dim", "Kernels exist for head dims from 1 to 256.", "Use a smaller head_dim.", understood=True),
-    Code("FF208", "device", "There is no kernel for this device.", "Use an NVIDIA GPU or the CPU.", understood=True),
+    Code("FF206", "dtype", "Only float16, bfloat16 and float32 attention has kernels.", "Cast to a supported dtype."),
+    Code("FF207", "head dim", "Kernels exist for head dims from 1 to 256.", "Use a smaller head_dim."),
+    Code("FF208", "device", "There is no kernel for this device.", "Use an NVIDIA GPU or the CPU."),
     # 3xx: values that others need
     Code("FF301", "probabilities used elsewhere", "The attention probabilities are also used outside the attention, so "
          "they must exist in memory.", "Return them only when asked for (need_weights=False, output_attentions=False)."),
@@ -59,13 +57,13 @@ _ROWS = (
          "Express it elementwise on the scores, or report it."),
     Code("FF402", "argument", "An argument of an operation has a value that flashfuse does not know.", "Use the plain form."),
     Code("FF403", "several products", "More than one product is summed into the scores.",
-         "Concatenate along head_dim, or wait for a later version.", understood=False),
+         "Concatenate along head_dim, or wait for a later version."),
     Code("FF404", "scale is a full tensor", "The scores are multiplied by a tensor over queries and keys.",
          "Scale by a number, or by a tensor per head."),
     Code("FF405", "gradient of a capture", "A tensor read at computed positions needs a gradient.",
          "Detach it, or index it plainly by batch, head, query and key."),
     Code("FF406", "dropout in training", "Dropout on the probabilities with p > 0 in training.",
-         "attention_dropout=0.0, or model.eval().", understood=True),
+         "attention_dropout=0.0, or model.eval()."),
     # 5xx: flashfuse's own fault
     Code("FF501", "failure of flashfuse", "flashfuse itself failed at this attention.",
          "Please report it; the attention was compiled as without flashfuse."),

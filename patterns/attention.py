@@ -55,7 +55,6 @@ class Match:
     sizes: tuple[Any, ...]
     out_view: View
     layout: str
-    region: frozenset[fx.Node]
     dims: dict[str, Any] = field(default_factory=dict)
 
 
@@ -210,7 +209,6 @@ def assemble(
     return Match(
         frame.anchor, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
         tuple(Input(node) for node in lifter.captures), tuple(lifter.sizes), out_view, layout,
-        frozenset({frame.product, *frame.carriers, frame.anchor, *frame.path}),
         dims=_dims(views["query"], views["key"], views["value"]),
     )  # fmt: skip
 

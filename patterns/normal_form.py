@@ -25,8 +25,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils import _pytree as pytree
 
-MODE_SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
-
 
 @dataclass(frozen=True)
 class Origin:

@@ -207,9 +207,6 @@ class Lifter:
         self.sizes.append(number)
         return self.builder.leaf("size", len(self.sizes) - 1)
 
-    def constant_position(self, number: Any) -> Value:
-        return self.size(number)
-
     def position(self, dim: Dim) -> Value:
         """The integer position that a dimension stands for, from the canonical indices."""
         if isinstance(dim, Value):

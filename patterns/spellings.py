@@ -135,7 +135,7 @@ def _select(lifter: Any, call: Call, index: Index) -> Index:
         raise axes.LayoutError("a selection is no layout of its input")
     if isinstance(position, int) and position < 0:
         position = position + sizes[place]
-    return (*index[:place], lifter.constant_position(position), *index[place:])
+    return (*index[:place], lifter.size(position), *index[place:])
 
 
 def _repeat(_lifter: Any, call: Call, index: Index) -> Index:
