@@ -52,8 +52,7 @@ def attempts(mask: str, head_dim: int, length: int):
     spec, out = spec_of(mask), torch.empty_like(q)
     stats = launch.forward(spec, q, k, v, captures, [], out)
     call = launch.Call(spec, q, k, v, captures, [])
-    call.grad_out, call.stats, call.delta = do, stats, torch.zeros_like(stats[0])
-    call.flags = torch.empty(1, dtype=torch.int32, device="cuda")
+    call.out, call.grad_out, call.stats, call.delta = out, do, stats, torch.zeros_like(stats[0])
     launchers = {
         "forward": lambda tile: launch._forward(call, tile, out, stats, low=False),
         "grad_query": lambda tile: launch._grad_query(call, tile, torch.empty_like(q), None, low=False),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +26,6 @@ from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_DELTA_BLOCK = 64
 
 _MAX_SPILLS = 48  # 32-bit registers a thread; see `plan._MASKED`
 
@@ -43,7 +43,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"tensors are on {query.device.type}, kernels run on cuda"
     if query.is_cuda and torch.version.hip is not None:
         return "kernels are written for NVIDIA devices"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.is_cuda and _capability(query.device) < (8, 0):
         return "kernels need compute capability 8.0"
     if query.dtype is not key.dtype:
         return f"query is {query.dtype}, key is {key.dtype}"
@@ -125,14 +125,13 @@ def _no_gradients(query: Tensor, key: Tensor, value: Tensor, captures: Sequence[
 
 def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
     call.delta = call.empty((call.B, call.H, call.M), torch.float32)
-    call.flags = call.empty((call.B, call.H, -(-call.M // _DELTA_BLOCK)), torch.int32)
-    _delta(call, _last_contiguous(out))
+    call.out = _last_contiguous(out)
     if wanted:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
     grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
+    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))  # first
     call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
-    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))
     if call.low_rows:
         call.launch(
             "grad_key_value",
@@ -148,10 +147,11 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
 class Call:
     """One call's tensors, made fit for the kernels, and what all its launches share."""
 
+    out: Tensor
     grad_out: Tensor
     stats: Tensor
     delta: Tensor
-    flags: Tensor
+    flags: Tensor  # which blocks of queries have low rows; made with the gradient of the query
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class Call:
         A tile whose kernel exceeds shared memory is passed over; so is one that spills registers, if `repeatable`
         (running it twice does no harm) and a later one spills less. The choice is remembered for the process.
         """
-        capability = torch.cuda.get_device_capability(self.query.device) if self.query.is_cuda else None
+        capability = _capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
         heavy = self.spec.score.loads() != () or self.spec.score.uses("tanh")
         plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy=heavy, masked=self.masked)
@@ -269,6 +269,11 @@ class Call:
                 break
         if best is not None and repeatable:
             _chosen[identity] = best[1]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _padded(dim: int) -> int:
@@ -305,23 +310,16 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
     )  # fmt: skip
 
 
-def _delta(call: Call, out: Tensor) -> None:
-    blocks = _blocks(call.M, _DELTA_BLOCK)
-    call.start(
-        "flashfuse_delta", blocks * call.B * call.H,
-        out, call.grad_out, call.stats, call.delta, call.flags,
-        *call.strides(out, call.grad_out), call.H, call.M, call.plane, blocks,
-        E=call.E, E_PAD=call.padded[1], BLOCK_M=_DELTA_BLOCK, FLAGS=call.low_rows, num_warps=4,
-    )  # fmt: skip
-
-
 def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *, low: bool) -> Any:
     table = call.tables.none if low else call.tables.of_queries(tile)
+    blocks = _blocks(call.M, tile.block_m)
+    if not low:
+        call.flags = call.empty((call.B, call.H, blocks), torch.int32) if call.low_rows else call.delta
     return call.start(
-        "flashfuse_grad_query", _blocks(call.M, tile.block_m) * call.B * call.H,
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor, grad,
+        "flashfuse_grad_query", blocks * call.B * call.H,
+        call.query, call.key, call.value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
         call.delta if partial is None else partial, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.grad_out, grad), *table.strides, *call.shape, call.plane,
+        *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
         **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip

@@ -35,19 +35,36 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor of the call: the given one of this number, or (`scratch`) the allocated one."""
+    """Stands for the address of a tensor of the call: the given one of this number, or (`scratch`) the allocated one."""
 
     number: int
     scratch: bool
 
 
-@dataclass(frozen=True)
 class Launch:
     """One kernel launch; `arguments` are all of the kernel's parameters in order, tensors as slots."""
 
-    kernel: Any
-    blocks: int
-    arguments: tuple[Any, ...]
+    def __init__(self, kernel: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
+        self.kernel, self.blocks, self.arguments = kernel, blocks, arguments
+        self._run, self._head = kernel.run, (kernel.function, kernel.packed_metadata, None, None, None)
+        self._moving = tuple((place, value) for place, value in enumerate(arguments) if _moves(value))
+
+    def __call__(self, stream: int, given: Sequence[int], scratch: Sequence[int]) -> None:
+        """Launch with the tensors at these addresses. The launcher takes an address for a pointer as it takes a tensor."""
+        arguments = list(self.arguments)
+        for place, value in self._moving:
+            arguments[place] = _placed(value, given, scratch)
+        self._run(self.blocks, 1, 1, stream, *self._head, *arguments)
+
+
+def _moves(value: Any) -> bool:
+    return type(value) is Slot or (type(value) is tuple and any(_moves(item) for item in value))
+
+
+def _placed(value: Any, given: Sequence[int], scratch: Sequence[int]) -> Any:
+    if type(value) is Slot:
+        return scratch[value.number] if value.scratch else given[value.number]
+    return tuple(_placed(item, given, scratch) for item in value) if type(value) is tuple else value
 
 
 @dataclass(frozen=True)
@@ -125,22 +142,13 @@ class Replay:
     launches: tuple[Launch, ...]
     results: tuple[Slot, ...]
 
-    def __call__(self, given: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    def __call__(self, given: Sequence[Tensor], addresses: Sequence[int], device: torch.device) -> list[Tensor]:
         """Run on the current stream of the current device, which must be `device`; returns the results."""
-        from triton.runtime import driver
-
         scratch = [torch.empty_strided(each.shape, each.strides, dtype=each.dtype, device=device) for each in self.allocations]
-        stream = driver.active.get_current_stream(device.index)
-
-        def filled(value: Any) -> Any:
-            if type(value) is Slot:
-                return scratch[value.number] if value.scratch else given[value.number]
-            return tuple(filled(item) for item in value) if type(value) is tuple else value
-
+        places = [tensor.data_ptr() for tensor in scratch]
+        stream = _driver().get_current_stream(device.index)
         for launch in self.launches:
-            kernel = launch.kernel
-            arguments = [filled(value) if type(value) in (Slot, tuple) else value for value in launch.arguments]
-            kernel.run(launch.blocks, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+            launch(stream, addresses, places)
         return [scratch[slot.number] if slot.scratch else given[slot.number] for slot in self.results]
 
 
@@ -148,9 +156,9 @@ _replays: dict[Any, Replay | None] = {}
 _seen: set[Any] = set()
 
 
-def signature(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+def signature(tensors: Sequence[Tensor], addresses: Sequence[int]) -> tuple[Any, ...]:
     """All that Triton's specialisation looks at."""
-    return tuple((t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors)
+    return tuple([(t.shape, t.stride(), t.dtype, at & 15) for t, at in zip(tensors, addresses, strict=True)])
 
 
 def repeated(
@@ -162,12 +170,13 @@ def repeated(
     """
     if device.type != "cuda" or not available() or _hooked() or device.index != torch.cuda.current_device():
         return run(None)
-    if len({id(tensor) for tensor in given}) != len(given):
-        return run(None)  # one tensor in two places: which of the two a launch took could not be told
-    key = (key, device.index, signature(given))
+    addresses = [tensor.data_ptr() for tensor in given]
+    key = (key, device.index, signature(given, addresses))
     replay = _replays.get(key)
     if replay is not None:
-        return replay(given, device)
+        return replay(given, addresses, device)
+    if len({id(tensor) for tensor in given}) != len(given):
+        return run(None)  # one tensor in two places: which of the two a launch took could not be told
     if key in _replays or key not in _seen:
         _seen.add(key)
         return run(None)
@@ -179,7 +188,23 @@ def repeated(
 
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches; then Triton's own way is taken."""
+    runtime = _runtime_knobs()
+    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook)
+
+
+def _has_calls(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))
+
+
+@cache
+def _runtime_knobs() -> Any:
     from triton import knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    return knobs.runtime
+
+
+@cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active

@@ -88,9 +88,8 @@ def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _empty_out(query: Tensor, value: Tensor, layout: str) -> Tensor:
-    sizes = {"b": query.shape[0], "h": query.shape[1], "m": query.shape[2], "e": value.shape[3]}
-    laid_out = torch.empty([sizes[letter] for letter in layout], dtype=value.dtype, device=query.device)
-    return laid_out.permute([layout.index(letter) for letter in "bhme"])
+    shape = (*query.shape[:3], value.shape[3])
+    return torch.empty_permuted(shape, ["bhme".index(letter) for letter in layout], dtype=value.dtype, device=query.device)
 
 
 def _differentiated(

@@ -1,9 +1,9 @@
 # ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
-"""Backward: recompute the probabilities from the row statistics (FlashAttention-2, Algorithm 2), in three kernels.
+"""Backward: recompute the probabilities from the row statistics (FlashAttention-2, Algorithm 2), in two kernels.
 
-`flashfuse_delta` prepares the rows, `flashfuse_grad_key_value` owns a block of keys and loops over queries in the
-transposed layout (so that probabilities feed the next product from registers), `flashfuse_grad_query` owns a block of
-queries and loops over keys. No atomics: equal inputs give equal gradients, bit for bit.
+`flashfuse_grad_query` owns a block of queries, prepares what the other kernels need of its rows, and loops over keys.
+`flashfuse_grad_key_value` owns a block of keys and loops over queries in the transposed layout, so that probabilities
+feed the next product from registers. No atomics: equal inputs give equal gradients, bit for bit.
 """
 
 import triton
@@ -32,30 +32,6 @@ from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, sto
 
 
 @triton.jit
-def flashfuse_delta(
-    out, grad_out, stats, delta, flags,
-    out_b, out_h, out_m, grad_b, grad_h, grad_m, H, M, plane, flag_blocks,
-    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, FLAGS: tl.constexpr,
-):  # fmt: skip
-    """delta `[B, H, M]` = sum over e of out * grad_out; flags `[B, H, blocks]`: whether a block has low rows."""
-    blocks = tl.cdiv(M, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    b_wide = tl.cast(head // H, tl.int64)
-    h_wide = tl.cast(head % H, tl.int64)
-    first = block * BLOCK_M
-    first_wide = tl.cast(first, tl.int64)
-    row = first + tl.arange(0, BLOCK_M)
-    place = tl.cast(head, tl.int64) * M + row
-    o = load_tile(out + b_wide * out_b + h_wide * out_h + first_wide * out_m, out_m, M - first, E, BLOCK_M, E_PAD, True)
-    g = load_tile(grad_out + b_wide * grad_b + h_wide * grad_h + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, True)
-    tl.store(delta + place, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=row < M)
-    if FLAGS:
-        shift = tl.load(stats + plane + place, mask=row < M, other=0.0)
-        tl.store(flags + tl.cast(head, tl.int64) * flag_blocks + block, tl.max((shift != 0.0).to(tl.int32), 0))
-
-
-@triton.jit
 def probability(x, lse, shift, SHIFTED: tl.constexpr):
     """exp(score - shift - lse); `lse` and `shift` broadcast to the tile, `x` is a score in units of SCALE."""
     if SHIFTED:
@@ -72,15 +48,21 @@ def low_probability(x, lse, shift):
 
 
 @triton.jit
-def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
-    """lse, shift and delta of rows; rows that are not `inside` get probability zero."""
+def load_stats(stats, place, plane, inside, PLANES: tl.constexpr):
+    """lse and shift of rows; rows that are not `inside` get probability zero."""
     lse = tl.load(stats + place, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + place, mask=inside, other=0.0)
     if PLANES == 2:
         shift = tl.load(stats + plane + place, mask=inside, other=0.0)
     else:
         shift = tl.zeros_like(lse)
-    return lse, shift, row_delta
+    return lse, shift
+
+
+@triton.jit
+def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
+    """lse, shift and delta of rows."""
+    lse, shift = load_stats(stats, place, plane, inside, PLANES)
+    return lse, shift, tl.load(delta + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -133,9 +115,9 @@ def descend_keys(
 
 @triton.jit
 def flashfuse_grad_query(
-    query, key, value, grad_out, stats, delta, table, grad_query, partial, inputs,
-    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
-    dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
+    query, key, value, out, grad_out, stats, delta, flags, table, grad_query, partial, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
+    grad_b, grad_h, grad_m, dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,7 +125,8 @@ def flashfuse_grad_query(
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
-    LOW: a second launch, for the low rows, by the whole program.
+    Also delta `[B, H, M]`, the sum over e of out * grad_out, and, where low rows can be, flags `[B, H, blocks of queries]`:
+    whether a block has some. LOW: a second launch, for the low rows, by the whole program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -164,7 +147,7 @@ def flashfuse_grad_query(
     grad_out += b_wide * grad_b + h_wide * grad_h + first_wide * grad_m
     grad_query += b_wide * dq_b + h_wide * dq_h + first_wide * dq_m
     place = tl.cast(head, tl.int64) * M + row
-    lse, shift, row_delta = load_rows(stats, delta, place, plane, inside, PLANES)
+    lse, shift = load_stats(stats, place, plane, inside, PLANES)
     low = shift != 0.0
     if LOW:
         if tl.max(low.to(tl.int32), 0) == 0:
@@ -172,9 +155,6 @@ def flashfuse_grad_query(
         inside = inside & low
         lo, hi, full_lo, full_hi = 0, N, 0, 0
     else:
-        if PLANES == 2 and HAS_MASK:  # the second launch's rows get probability zero
-            lse = tl.where(low, float("inf"), lse)
-            row_delta = tl.where(low, 0.0, row_delta)
         lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         table += b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
@@ -183,6 +163,16 @@ def flashfuse_grad_query(
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
     do = load_tile(grad_out, grad_m, M - first, E, BLOCK_M, E_PAD, True)
+    if LOW:
+        row_delta = tl.load(delta + place, mask=inside, other=0.0)
+    else:
+        o = load_tile(out + b_wide * out_b + h_wide * out_h + first_wide * out_m, out_m, M - first, E, BLOCK_M, E_PAD, True)
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(delta + place, row_delta, mask=inside)
+        if PLANES == 2 and HAS_MASK:  # the second launch's rows get probability zero
+            tl.store(flags + tl.cast(head, tl.int64) * blocks + first // BLOCK_M, tl.max(low.to(tl.int32), 0))
+            lse = tl.where(low, float("inf"), lse)
+            row_delta = tl.where(low, 0.0, row_delta)
     SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
     acc, sums = descend_keys(
         tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,

@@ -55,6 +55,6 @@ def test_real_launches_compile(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(cases)
     assert set(done.stdout.split()) - set(cases) == {
-        "flashfuse_forward", "flashfuse_delta", "flashfuse_grad_query", "flashfuse_grad_key_value", "flashfuse_grad_capture",
+        "flashfuse_forward", "flashfuse_grad_query", "flashfuse_grad_key_value", "flashfuse_grad_capture",
         "flashfuse_add_low_queries", "flashfuse_block_bounds", "flashfuse_block_table",
     }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashfuse.codegen import launch, replay
-from flashfuse.codegen.replay import Recording, Replay, Slot
+from flashfuse.codegen.replay import Launch, Recording, Replay, Slot
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
@@ -22,7 +22,7 @@ from test_kernels import run_kernels
 
 def compiled() -> SimpleNamespace:
     """What the recorder needs of a compiled kernel."""
-    return SimpleNamespace(packed_metadata=(), function=0)
+    return SimpleNamespace(packed_metadata=(), function=0, run=None)
 
 
 FUNCTION = SimpleNamespace(arg_names=["x", "out", "inputs", "size", "BLOCK"])
@@ -58,11 +58,25 @@ def test_what_cannot_be_repeated_is_not():
 
 def test_the_signature_sees_all_that_triton_specialises_on():
     x = torch.zeros(64, dtype=torch.float16)
-    base = replay.signature([x[:16]])
-    assert replay.signature([x[8:24]]) == base
-    assert replay.signature([x[1:17]]) != base
-    assert replay.signature([x[:32:2]]) != base
-    assert replay.signature([x[:16].float()]) != base
+
+    def signature(tensor: torch.Tensor) -> object:
+        return replay.signature([tensor], [tensor.data_ptr()])
+
+    base = signature(x[:16])
+    assert signature(x[8:24]) == base
+    assert signature(x[1:17]) != base
+    assert signature(x[:32:2]) != base
+    assert signature(x[:16].float()) != base
+
+
+def test_a_repeated_launch_takes_the_addresses_of_its_own_call():
+    started: list[tuple[object, ...]] = []
+    kernel = SimpleNamespace(packed_metadata="metadata", function="function", run=lambda *given: started.append(given))
+    launch = Launch(kernel, 7, (Slot(0, False), Slot(0, True), (Slot(1, False), 1), (2, 3), 2, 16))
+    for given, scratch in (([100, 200], [300]), ([400, 500], [600])):
+        launch("stream", given, scratch)
+        head = (7, 1, 1, "stream", "function", "metadata", None, None, None)
+        assert started[-1] == (*head, given[0], scratch[0], (given[1], 1), (2, 3), 2, 16)
 
 
 def test_the_cpu_is_never_repeated():
