@@ -33,9 +33,18 @@ def kernel_module(spec: AttentionSpec, fast_tanh: bool = False) -> ModuleType:
     return known
 
 
+def module_path(spec: AttentionSpec, fast_tanh: bool = False) -> Path:
+    """Where the module of a spec lies, or will lie when it is first needed."""
+    return cache_folder() / _file_name(module_text(spec, fast_tanh and spec.score.uses("tanh")))
+
+
+def _file_name(text: str) -> str:
+    return f"attention_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+
+
 def write_module(text: str) -> Path:
     """Write a module's text under its content hash and return the path; an intact file is left alone."""
-    name = f"attention_{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+    name = _file_name(text)
     failures: list[str] = []
     for folder in (cache_folder(), Path(tempfile.gettempdir()) / f"flashfuse_{os.getuid()}"):
         path = folder / name

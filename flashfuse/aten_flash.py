@@ -75,6 +75,11 @@ def backward(
         )
 
 
+def computes(spec: AttentionSpec) -> bool:
+    """Whether torch's kernel computes a spec, if the tensors suit it too."""
+    return _form(spec) is not None
+
+
 @lru_cache(maxsize=1024)
 def _form(spec: AttentionSpec) -> tuple[float, bool] | None:
     """(factor, causal) of a spec that is softmax(factor * s), all keys or those with n <= m; None for others."""

@@ -20,7 +20,9 @@ from flashfuse.errors import StrictError
 from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
 from flashfuse.patterns.normal_form import NormalForm, is_opaque, normalise
+from flashfuse.patterns.score_cone import user_place
 from flashfuse.patterns.search import Site, find_attention, refusal
+from flashfuse.patterns.user_names import capture_names
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal, Refused
 from flashfuse.rewrite import Rewriter
@@ -53,16 +55,25 @@ def flashfuse(
 
 @dataclass(frozen=True)
 class Fused:
-    """The graph to hand on (the same object if nothing changed), its record, and whether it writes its inputs."""
+    """The graph to hand on (the same object if nothing changed), its record, and whether it writes its inputs.
+
+    For those who show the stages: the captured graph, its normal form (None if it could not be read), what was found in
+    it, and the same of its sub-graphs.
+    """
 
     module: fx.GraphModule
     record: GraphRecord
     writes_inputs: bool
+    captured: fx.GraphModule
+    form: NormalForm | None = None
+    sites: tuple[Site, ...] = ()
+    inner: tuple[tuple[str, Fused], ...] = ()
 
 
 def fuse(module: fx.GraphModule, options: Options) -> Fused:
     """Replace every attention of a captured graph and of its sub-graphs. Never raises for what it finds there."""
     inner = {node: _fuse_subgraphs(module, node, options) for node in module.graph.nodes if is_opaque(node)}
+    below = tuple((name, sub) for subs in inner.values() for name, sub in subs.items())
     nested = tuple(site for subs in inner.values() for sub in subs.values() for site in sub.record.sites)
     writers = {node for node, subs in inner.items() if not subs or any(sub.writes_inputs for sub in subs.values())}
     try:
@@ -72,10 +83,12 @@ def fuse(module: fx.GraphModule, options: Options) -> Fused:
         failure = _in_words(error)
         if _may_hold_attention(module):
             warn(f"a graph could not be read ({failure}) and is compiled without flashfuse")
-        return Fused(_with_subgraphs(module, inner), GraphRecord(nested, failure), writes_inputs=True)
+        whole = _with_subgraphs(module, inner)
+        return Fused(whole, GraphRecord(nested, failure), writes_inputs=True, captured=module, inner=below)
     rewritten, records = rewrite(module, form, sites, options)
     whole = _with_subgraphs(rewritten, inner)
-    return Fused(whole, GraphRecord((*records, *nested)), writes_inputs=bool(form.written_inputs))
+    record = GraphRecord((*records, *nested))
+    return Fused(whole, record, bool(form.written_inputs), module, form, tuple(sites), below)
 
 
 def read(module: fx.GraphModule, options: Options, writers: set[fx.Node]) -> tuple[NormalForm, list[Site]]:
@@ -105,21 +118,28 @@ def _replace(rewriter: Rewriter, site: Site) -> SiteRecord:
     found = site.found
     if isinstance(found, Match):
         try:
-            rewriter.replace(found)
-            return _fused_record(site, found)
+            return _fused_record(rewriter, site, found)
         except Refused as refused:
             found = refusal(site.anchor, refused)
         except Exception as error:
             log.info("a match could not be rewritten", exc_info=True)
             found = refusal(site.anchor, Refused("FF501", site.anchor, _in_words(error)))
             warn(f"the attention at {site.where or site.anchor} is compiled without flashfuse ({_in_words(error)})")
-    return SiteRecord(str(site.anchor), site.where, refusal=found)
+    region = rewriter.form.captured_names(str(site.anchor), found.node)
+    return SiteRecord(str(site.anchor), site.where, refusal=found, path=user_place(site.anchor), region=region)
 
 
-def _fused_record(site: Site, match: Match) -> SiteRecord:
+def _fused_record(rewriter: Rewriter, site: Site, match: Match) -> SiteRecord:
+    """Replace a match and say what was done."""
+    names = capture_names(rewriter.form, [side.node for side in match.captures])
+    region = rewriter.replace(match)
     dims = tuple((letter, str(size)) for letter, size in match.dims.items())
-    dtype = str(match.query.cast or match.query.node.meta["val"].dtype).removeprefix("torch.")
-    return SiteRecord(str(site.anchor), site.where, dims, dtype, spec=match.spec)
+    value = match.query.node.meta["val"]
+    dtype = str(match.query.cast or value.dtype).removeprefix("torch.")
+    return SiteRecord(
+        str(site.anchor), site.where, dims, dtype, spec=match.spec, path=user_place(site.anchor),
+        device=value.device.type, captures=names, region=tuple(str(node) for node in region),
+    )  # fmt: skip
 
 
 def _is_safe(found: Refusal) -> bool:

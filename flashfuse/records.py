@@ -10,7 +10,12 @@ from flashfuse.refusal import Refusal
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One softmax. Exactly one of `spec` and `refusal` is given; `dims` maps B, H, G, M, N, D, E to sizes as text."""
+    """One softmax. Exactly one of `spec` and `refusal` is given; `dims` maps B, H, G, M, N, D, E to sizes as text.
+
+    `where` is the user's line (`model.py:88`), `path` the same with the whole path. `captures` are the user's names of
+    the tensors that the score reads. `region` names the captured graph's nodes that were replaced or, of a refusal,
+    those where the search started and stopped.
+    """
 
     anchor: str
     where: str
@@ -18,6 +23,10 @@ class SiteRecord:
     dtype: str = ""
     spec: AttentionSpec | None = None
     refusal: Refusal | None = None
+    path: str = ""
+    device: str = ""
+    captures: tuple[str, ...] = ()
+    region: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:

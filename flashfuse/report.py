@@ -6,26 +6,30 @@ There is no second matcher: the report shows the records that the backend makes 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import flashfuse
-from flashfuse.ir.attention_spec import EmptyRows
 from flashfuse.options import parse
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal
+from flashfuse.report_text import mask_of, saved_bytes, site_facts, site_map, site_paragraphs, versions
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in each compiled graph. `str(report)` is the text for people."""
+    """What was found in each compiled graph. `str(report)` is the text for people.
+
+    `error` is what the model itself raised, `breaks` why its capture was broken off, each with a number of times.
+    """
 
     graphs: tuple[GraphRecord, ...]
     error: str = ""
+    breaks: tuple[tuple[str, int], ...] = ()
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -47,34 +51,49 @@ class Report:
         """How many softmaxes are no attention."""
         return sum(len(graph.sites) for graph in self.graphs) - len(self.sites)
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why graphs could not be read."""
+        return tuple(graph.failure for graph in self.graphs if graph.failure)
+
     def to_json(self) -> str:
         """The report as JSON text."""
         rows = [_site_json(site) for site in self.sites]
-        failures = [graph.failure for graph in self.graphs if graph.failure]
-        return json.dumps(
-            {"sites": rows, "failures": failures, "other_softmaxes": self.others, "error": self.error}, indent=2
-        )
+        value = {
+            "versions": versions(), "graphs": len(self.graphs), "fused": len(self.fused), "left_alone": len(self.refusals),
+            "sites": rows, "failures": list(self.failures), "other_softmaxes": self.others,
+            "graph_breaks": dict(self.breaks), "error": self.error,
+        }  # fmt: skip
+        return json.dumps(value, indent=2)
 
     def __str__(self) -> str:
-        lines = [_versions(), self._summary()]
-        for label, site in _grouped(self.sites):
-            lines += ["", *(_fused_lines(label, site) if site.spec else _refused_lines(label, site))]
-        lines += [f"\nA graph could not be read: {graph.failure}" for graph in self.graphs if graph.failure]
+        paragraphs = [f"{versions()}\n{self.summary}", *site_paragraphs(self.sites)]
+        paragraphs += [f"A graph could not be read: {failure}" for failure in self.failures]
+        paragraphs += [f"The capture was broken off {_times(count)}: {reason}" for reason, count in self.breaks]
         if self.error:
-            lines.append(f"\nThe model itself raised: {self.error}")
-        return "\n".join(lines)
+            paragraphs.append(f"The model itself raised: {self.error}")
+        return "\n\n".join(paragraphs)
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """`12 attentions in 1 graph: 12 fused, 0 left alone`."""
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
-        text = f"{len(self.sites)} attentions in {graphs}: {len(self.fused)} fused, {len(self.refusals)} left alone"
-        return text + (f"; {self.others} other softmaxes are no attention" if self.others else "")
+        found = f"{len(self.sites)} attention{'s' * (len(self.sites) != 1)}"
+        text = f"{found} in {graphs}: {len(self.fused)} fused, {len(self.refusals)} left alone"
+        if self.others:
+            text += f"; {self.others} other softmax{'es are' if self.others != 1 else ' is'} no attention"
+        return text
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once, unchanged, and report what flashfuse would do with each attention in it.
 
     `options` are those of torch.compile. Works on any device, without Triton, across graph breaks; an exception of the
-    model itself ends up in the report.
+    model itself ends up in the report. Raises OptionError for options that do not exist, and nothing else.
     """
     from flashfuse.backend import fuse
 
@@ -86,102 +105,48 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
         return module.forward
 
     error = ""
-    try:
-        torch.compile(getattr(model, "_orig_mod", model), backend=read_only)(*args, **kwargs)
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    return Report(tuple(graphs), error)
+    with _as_often_as_asked(), _counted_breaks() as breaks:
+        try:
+            torch.compile(getattr(model, "_orig_mod", model), backend=read_only)(*args, **kwargs)
+        except Exception as raised:
+            error = _in_words(raised)
+    return Report(tuple(graphs), error, tuple(breaks.items()))
 
 
-# ------------------------------------------------------------------------------------------------ rendering
+def _in_words(error: BaseException) -> str:
+    """The error itself, without Dynamo's wrapping of it."""
+    inner = getattr(error, "inner_exception", None) or error
+    return f"{type(inner).__name__}: {inner}".strip()
 
 
-def _versions() -> str:
-    try:
-        from importlib.metadata import version
-
-        triton = f"  triton {version('triton')}"
-    except ImportError:
-        triton = "  without triton"
-    device = f"cuda sm_{''.join(map(str, torch.cuda.get_device_capability()))}" if torch.cuda.is_available() else "cpu"
-    return f"flashfuse {flashfuse.__version__}  torch {torch.__version__}{triton}  python {platform.python_version()}  {device}"
+@contextmanager
+def _as_often_as_asked() -> Iterator[None]:
+    """Dynamo gives up on code that was compiled too often; every `explain` compiles."""
+    limits = {name: 2**30 for name in ("recompile_limit", "accumulated_recompile_limit") if hasattr(torch._dynamo.config, name)}
+    with torch._dynamo.config.patch(**limits):
+        yield
 
 
-def _grouped(sites: tuple[SiteRecord, ...]) -> list[tuple[str, SiteRecord]]:
-    """Neighbours that read the same, as one: layers of a model repeat. The label is their number, or `first-last`."""
-    groups: list[tuple[int, int, SiteRecord]] = []
-    for number, site in enumerate(sites, 1):
-        lines = _fused_lines if site.spec else _refused_lines
-        if groups and bool(groups[-1][2].spec) == bool(site.spec) and lines("", groups[-1][2]) == lines("", site):
-            groups[-1] = (groups[-1][0], number, site)
-        else:
-            groups.append((number, number, site))
-    return [(str(first) if first == last else f"{first}-{last}", site) for first, last, site in groups]
-
-
-def _fused_lines(label: str, site: SiteRecord) -> list[str]:
-    spec = site.spec
-    assert spec is not None
-    lines = [f"[{label}] FUSED       {site.where or site.anchor}   {_shape(site)}"]
-    lines += [f"    {word:<8}{formula}" for word, formula in spec.describe()]
-    if spec.captures:
-        lines.append("    reads   " + ", ".join(f"{c.name} ({c.kind.value}, {c.rank}-d)" for c in spec.captures))
-    lines.append(f"    rows    {_ROWS[spec.empty_rows]}")
-    saved = _saved(site)
-    if saved:
-        lines.append(f"    saved   {saved} of scores not written")
-    return lines
-
-
-_ROWS = {
-    EmptyRows.IMPOSSIBLE: "every query keeps a key (proved)",
-    EmptyRows.ZERO: "a query without keys gives zero",
-    EmptyRows.EXACT: "a query without keys gives what eager code gives",
-}
-
-
-def _refused_lines(label: str, site: SiteRecord) -> list[str]:
-    found = site.refusal
-    assert found is not None
-    lines = [
-        f"[{label}] LEFT ALONE  {found.where or site.where or site.anchor}   {found.code} {found.entry.title}",
-        f"    {found.entry.meaning}",
-        f"    found   {found.found}, at {found.node}",
-    ]
-    if found.reached:
-        lines.append("    reached " + " <- ".join(found.reached))
-    if found.entry.hint:
-        lines.append(f"    hint    {found.entry.hint}")
-    return lines
-
-
-def _shape(site: SiteRecord) -> str:
-    dims = dict(site.dims)
-    words = [f"B={dims['B']} H={dims['H']}"]
-    if dims["G"] != dims["H"]:
-        words.append(f"G={dims['G']}")
-    words.append(f"M=N={dims['M']}" if dims["M"] == dims["N"] else f"M={dims['M']} N={dims['N']}")
-    words.append(f"D=E={dims['D']}" if dims["D"] == dims["E"] else f"D={dims['D']} E={dims['E']}")
-    return " ".join(words) + f" {site.dtype}"
-
-
-def _saved(site: SiteRecord) -> str:
-    sizes = [dict(site.dims)[letter] for letter in "BHMN"]
-    if not all(size.isdigit() for size in sizes):
-        return ""
-    total = float(torch.tensor([int(size) for size in sizes], dtype=torch.float64).prod())
-    total *= torch.empty(0, dtype=getattr(torch, site.dtype)).element_size()
-    return next(f"{total / unit:.1f} {name}" for unit, name in _UNITS if total >= unit or unit == 1)
-
-
-_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+@contextmanager
+def _counted_breaks() -> Iterator[Counter[str]]:
+    """Fills the counter with the graph breaks that happened in the block, by the first line of their reason."""
+    found: Counter[str] = Counter()
+    counters = torch._dynamo.utils.counters["graph_break"]
+    before = Counter(counters)
+    yield found
+    for reason, count in (Counter(counters) - before).items():
+        found[str(reason).strip().splitlines()[0]] += count
 
 
 def _site_json(site: SiteRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {"where": site.where, "node": site.anchor, "fused": site.fused}
+    row: dict[str, Any] = {"where": site.where, "path": site.path, "node": site.anchor, "fused": site.fused}
     if site.spec is not None:
-        row |= {"dims": dict(site.dims), "dtype": site.dtype, **dict(site.spec.describe()), "key": site.spec.key}
+        mask, blocks = mask_of(site), site_map(site)
+        row |= {"dims": dict(site.dims), "dtype": site.dtype, "device": site.device, **dict(site_facts(site))}
+        row |= {"predicate": mask.text if mask else None, "skipped": blocks.skipped if blocks else None}
+        row |= {"bytes_saved": saved_bytes(site), "key": site.spec.key}
     if site.refusal is not None:
         found = site.refusal
-        row |= {"code": found.code, "title": found.entry.title, "found": found.found, "hint": found.entry.hint}
+        row |= {"code": found.code, "title": found.entry.title, "meaning": found.entry.meaning, "found": found.found}
+        row |= {"stopped_at": found.where, "reached": list(found.reached), "hint": found.entry.hint}
     return row

@@ -46,8 +46,11 @@ class Rewriter:
 
     # ------------------------------------------------------------------------------------------ replacing
 
-    def replace(self, match: Match) -> None:
-        """Put the op in the place of a match's output. Raises Refused and leaves the graph as it was otherwise."""
+    def replace(self, match: Match) -> list[fx.Node]:
+        """Put the op in the place of a match's output; returns the captured nodes that it stands for.
+
+        Raises Refused, and then leaves the graph as it was.
+        """
         target, origin = self._place(match)
         at = self.form.times[origin.node] - 1
         builder = GraphCalls(self, target, at, match.anchor)
@@ -64,7 +67,7 @@ class Rewriter:
             target.replace_all_uses_with(result)
             self.replaced[origin.node] = result
         self.changed = True
-        self._erase(origin.node)
+        return self._erase(origin.node)
 
     def now(self, node: fx.Node) -> fx.Node | None:
         """What gives a captured node's result in the new graph; None if nothing does any more."""
@@ -127,8 +130,8 @@ class Rewriter:
 
     # ------------------------------------------------------------------------------------------ erasing
 
-    def _erase(self, last: fx.Node) -> None:
-        """Erase what only the replaced output needed: never a node whose effect somebody else can see.
+    def _erase(self, last: fx.Node) -> list[fx.Node]:
+        """Erase what only the replaced output needed, and return it: never a node whose effect somebody else can see.
 
         A node goes when its last user has gone; nodes that write to or show one written storage go together.
         """
@@ -140,9 +143,11 @@ class Rewriter:
                 continue
             dead |= unit
             pending.extend(argument for node in unit for argument in node.all_input_nodes)
-        for node in sorted(dead, key=lambda node: self.form.times[node], reverse=True):
+        gone = sorted(dead, key=lambda node: self.form.times[node])
+        for node in reversed(gone):
             if not self.copies[node]._erased:
                 self.graph.erase_node(self.copies[node])
+        return gone
 
     def _may_go(self, node: fx.Node, dead: set[fx.Node]) -> bool:
         if node.op not in ("call_function", "call_method") or is_opaque(node) or node in self.effects.random:

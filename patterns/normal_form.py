@@ -57,6 +57,11 @@ class NormalForm:
                 return origin
         return None
 
+    def captured_names(self, *names: str) -> tuple[str, ...]:
+        """The captured nodes that ran when the nodes of these names were made."""
+        found = [self.produced.get(node) for node in self.graph.nodes if str(node) in names]
+        return tuple(dict.fromkeys(str(node) for node in found if node is not None))
+
     def written(self, storage: int, after: int, until: int) -> bool:
         """Whether a storage is written at a time t with after < t <= until."""
         return any(after < time <= until for time, written in self.writes if written == storage)

@@ -293,18 +293,25 @@ def _is_plain_load(value: Value) -> bool:
 
 def describe(node: fx.Node) -> str:
     """What a node calls, as the ATen name."""
+    if node.op == "output":
+        return "the graph's output"
     return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
 
 
-def user_line(node: fx.Node) -> str:
-    """`file.py:41` of the user's code that made a node, or an empty string."""
+def user_place(node: fx.Node) -> str:
+    """`/home/me/file.py:41`: the user's code that made a node, or an empty string."""
     trace = node.meta.get("stack_trace") or ""
     places = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not places:
         return ""
     parts = places[-1].split(", ")
-    name = parts[0].removeprefix('File "').rstrip('"').replace("\\", "/").rsplit("/", 1)[-1]
+    name = parts[0].removeprefix('File "').rstrip('"').replace("\\", "/")
     return f"{name}:{parts[1].removeprefix('line ')}"
+
+
+def user_line(node: fx.Node) -> str:
+    """`file.py:41` of the user's code that made a node, or an empty string."""
+    return user_place(node).rsplit("/", 1)[-1]
 
 
 def folded(program: ScoreProgram) -> ScoreProgram:

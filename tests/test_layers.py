@@ -19,9 +19,10 @@ LAYERS = (
     ("flashfuse.ir",),
     ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunked_attention",
      "flashfuse.aten_flash"),
-    ("flashfuse.patterns", "flashfuse.codegen"),
+    ("flashfuse.patterns", "flashfuse.codegen", "flashfuse.block_map"),
     ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.dump"),
-    ("flashfuse.backend", "flashfuse.report"),
+    ("flashfuse.backend", "flashfuse.report_text"),
+    ("flashfuse.report",),
     ("flashfuse",),
 )
 SIBLINGS = ({"flashfuse.patterns", "flashfuse.codegen"},)

@@ -194,7 +194,7 @@ def _formula(program: ScoreProgram, result: int, captures: tuple[str, ...]) -> s
         if statement.op in ("index", "length"):
             return str(statement.attribute)
         if statement.op == "const":
-            return _number(statement.attribute)
+            return number_text(statement.attribute)
         if statement.op == "load":
             place = int(statement.attribute)  # type: ignore[arg-type]
             name = captures[place] if place < len(captures) else f"c{place}"
@@ -213,7 +213,8 @@ def _formula(program: ScoreProgram, result: int, captures: tuple[str, ...]) -> s
     return text(result)
 
 
-def _number(value: Attribute) -> str:
+def number_text(value: Attribute) -> str:
+    """A constant as people write it, to six digits."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

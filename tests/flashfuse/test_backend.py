@@ -1,8 +1,7 @@
-"""Options, strictness, fallbacks, the report, and memory: what a user meets around the attention itself."""
+"""Options, strictness, fallbacks, and memory: what a user meets around the attention itself."""
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
@@ -11,7 +10,6 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flashfuse
 from flashfuse import backend
 
 
@@ -149,51 +147,6 @@ def test_graph_breaks():
     q, k, v = qkv()
     torch.testing.assert_close(compiled(function)(q, k, v), function(q, k, v), atol=1e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["flashfuse"]["fused"] == 2
-
-
-# ------------------------------------------------------------------------------------------------ the report
-
-
-def test_explain_tells_the_line_first():
-    report = flashfuse.explain(attention, *qkv())
-    assert len(report.fused) == 1
-    assert not report.refusals
-    text = str(report)
-    assert "1 fused, 0 left alone" in text
-    assert "FUSED       test_backend.py:" in text
-    assert "s * 0.25" in text
-    assert not torch._dynamo.utils.counters["flashfuse"]
-
-
-def test_explain_tells_why_not():
-    report = flashfuse.explain(refused, *qkv())
-    (found,) = report.refusals
-    assert found.code == "FF301"
-    text = str(report)
-    assert "LEFT ALONE  test_backend.py:" in text
-    assert "reached softmax.int" in text
-    assert "hint" in text
-    assert json.loads(report.to_json())["sites"][0]["code"] == "FF301"
-
-
-def test_explain_shows_equal_layers_once():
-    def layers(q, k, v):
-        for _ in range(3):
-            q = attention(q, k, v)
-        return q
-
-    report = flashfuse.explain(layers, *qkv())
-    assert len(report.fused) == 3
-    assert str(report).count("FUSED") == 1
-    assert "[1-3] FUSED" in str(report)
-
-
-def test_explain_on_a_model_that_raises_or_has_no_attention():
-    def raising(x):
-        raise ValueError("the model's own")
-
-    assert "the model's own" in flashfuse.explain(raising, torch.ones(2)).error
-    assert "0 attentions" in str(flashfuse.explain(lambda x: x.softmax(-1), torch.ones(2, 3)))
 
 
 # ------------------------------------------------------------------------------------------------ memory
