@@ -23,12 +23,12 @@ for _name in ("attention", "attention_forward"):
     _library.define(
         f"{_name}(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout)"
         " -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
     )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
     " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define("fence(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -39,7 +39,7 @@ _failed: dict[tuple[str, str], str] = {}  # why the kernel of a spec and directi
 # ------------------------------------------------------------------------------------------------ forward and backward
 
 
-def _attention_forward(
+def run_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,7 +56,7 @@ def _attention_forward(
     return out, stats
 
 
-def _attention_backward(
+def run_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -143,8 +143,8 @@ def _line(spec: AttentionSpec) -> str:
     return f"the attention at {lines[-1]}" if lines else f"attention {spec.describe()[0][1]}"
 
 
-_library.impl("attention_forward", _attention_forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", run_forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", run_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("flashfuse::attention_forward", lib=_library)
@@ -236,15 +236,3 @@ def _fence_fake(x: Tensor) -> Tensor:
 
 
 torch.library.register_autograd("flashfuse::fence", lambda ctx, grad: grad, lib=_library)
-
-
-def register_fence_lowering() -> bool:
-    """Let Inductor treat `fence` as nothing at all, after its pattern matchers have run. False if it cannot be told."""
-    try:
-        from torch._inductor.lowering import lowerings, register_lowering
-    except ImportError:
-        return False
-    operator = torch.ops.flashfuse.fence.default
-    if operator not in lowerings:
-        register_lowering(operator, type_promotion_kind=None)(lambda x: x)
-    return True

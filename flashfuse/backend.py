@@ -103,12 +103,13 @@ def rewrite(
     """Replace the matches; fence the refused from Inductor's own matcher. The same module if nothing changed."""
     if not sites:
         return module, []
-    from flashfuse import attention_op
+    from flashfuse.inductor_lowerings import register_lowerings
 
+    fences = options.inner == "inductor" and register_lowerings()
     rewriter = Rewriter(module, form)
     records = [_replace(rewriter, site) for site in sites]
     unsafe = [s for s, r in zip(sites, records, strict=True) if r.refusal is not None and not _is_safe(r.refusal)]
-    if unsafe and options.inner == "inductor" and attention_op.register_fence_lowering():
+    if unsafe and fences:
         for site in unsafe:
             rewriter.fence(site.anchor)
     return (rewriter.finish() if rewriter.changed else module), records

@@ -21,6 +21,7 @@ LAYERS = (
      "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen", "flashfuse.block_map"),
     ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.dump"),
+    ("flashfuse.inductor_lowerings",),
     ("flashfuse.backend", "flashfuse.report_text"),
     ("flashfuse.report",),
     ("flashfuse",),

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from flashfuse import attention_op, chunked_attention
 from flashfuse.errors import FlashfuseError, StrictError
+from flashfuse.inductor_lowerings import DIRECT_CALLS, register_lowerings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, Family, Write, dense
@@ -288,8 +289,7 @@ def over_queries(query: Tensor, key: Tensor, value: Tensor, *, fenced: bool) -> 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_fence_keeps_inductor_from_misfusing_and_costs_nothing(grad: bool) -> None:
-    assert attention_op.register_fence_lowering()
-    assert attention_op.register_fence_lowering()  # again, which must be harmless
+    assert register_lowerings()
     tensors = [torch.randn(2, 4, 16, 8).requires_grad_(grad) for _ in range(3)]
     expected = over_queries(*tensors, fenced=False)
     torch._dynamo.utils.counters.clear()
@@ -308,6 +308,36 @@ def test_fence_keeps_inductor_from_misfusing_and_costs_nothing(grad: bool) -> No
         for own, theirs in zip(torch.autograd.grad(out, tensors, weight), torch.autograd.grad(expected, tensors, weight),
                                strict=True):  # fmt: skip
             torch.testing.assert_close(own, theirs)
+
+
+def with_gradients(function: Any, tensors: list[Tensor], weight: Tensor) -> tuple[Tensor, Any]:
+    out = function(*tensors)
+    return out, torch.autograd.grad(out, tensors, weight)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_calls_the_attention_directly(dynamic: bool) -> None:
+    """Not through the dispatcher; strides that are not the usual ones must arrive as they are."""
+
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        position = torch.arange(query.shape[1])
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+        scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
+        return (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2) * 2
+
+    for length in (16, 24):
+        tensors = [torch.randn(2, length, 4, 8, requires_grad=True) for _ in range(3)]
+        expected = causal(*tensors)
+        weight = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, tensors, weight)
+        torch._dynamo.reset()
+        compiled = torch.compile(causal, backend="flashfuse", dynamic=dynamic)
+        (out, gradients), code = run_and_get_code(with_gradients, compiled, tensors, weight)
+        torch.testing.assert_close([out, *gradients], [expected, *wanted], atol=1e-4, rtol=1e-4)
+        assert len(code) == 2
+        assert ["flashfuse_run_forward(" in text for text in code] == [True, False]
+        assert ["flashfuse_run_backward(" in text for text in code] == [False, True]
+        assert not any(f"torch.ops.flashfuse.{name}.default(" in text for text in code for name in DIRECT_CALLS)
 
 
 def test_fence_is_the_identity() -> None:

@@ -1,0 +1,59 @@
+"""How Inductor compiles flashfuse's operators: the attention as a direct call, the fence as nothing at all.
+
+Without these every operator would still run, through torch's dispatcher, some 10 to 30 microseconds later at each call.
+Inductor's lowerings are no public interface, so whatever is not as expected leaves Inductor's own way in place.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+DIRECT_CALLS = {"attention_forward": "run_forward", "attention_backward": "run_backward"}
+
+
+@cache
+def register_lowerings() -> bool:
+    """Tell Inductor about the operators; False if it cannot be told of the fence."""
+    import flashfuse.attention_op  # noqa: F401 -- defines the operators
+
+    try:
+        from torch._inductor.lowering import register_lowering
+    except ImportError:
+        return False
+    register_lowering(torch.ops.flashfuse.fence.default, type_promotion_kind=None)(lambda x: x)
+    for name, function in DIRECT_CALLS.items():
+        _register_direct_call(getattr(torch.ops.flashfuse, name).default, function)
+    return True
+
+
+def _register_direct_call(operator: Any, function: str) -> None:
+    """Let the compiled code call `flashfuse.attention_op`'s `function` instead of the operator that it implements."""
+    try:
+        from torch._inductor.ir import FallbackKernel
+        from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, fallbacks, register_lowering
+        from torch._inductor.virtualized import V
+        from torch.utils._pytree import tree_map
+    except ImportError:
+        return
+
+    class DirectCall(FallbackKernel):  # type: ignore[misc]
+        def codegen(self, wrapper: Any) -> None:
+            name = f"flashfuse_{function}"
+            wrapper.add_import_once(f"from flashfuse.attention_op import {function} as {name}")
+            self.python_kernel_name = name
+            super().codegen(wrapper)
+
+    through_dispatcher = fallback_handler(operator)
+
+    def lower(*arguments: Any, **named: Any) -> Any:
+        if V.graph.cpp_wrapper or not hasattr(V.graph, "fake_mode"):
+            return through_dispatcher(*arguments, **named)
+        outputs = DirectCall.create(operator, *arguments, **named)
+        return tree_map(lambda x: x.wrap_for_lowering() if hasattr(x, "wrap_for_lowering") else x, outputs)
+
+    add_needs_realized_inputs(operator)
+    fallbacks.add(operator)
+    register_lowering(operator, type_promotion_kind=None)(lower)
