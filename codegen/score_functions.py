@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
 from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
-from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.ranges import Bounded, Certainty
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement
 
 _AT = "b, h, m, n, inside_m, inside_n, M, N, inputs"
+_AT_ROW = "b, h, m, inside_m, M, N, inputs"
+_ALWAYS_FINITE = frozenset(  # of finite operands
+    {"probability", "grad", "index", "length", "const", "size", "load", "add", "sub", "mul", "neg", "abs", "minimum", "maximum",
+     "clamp_min", "clamp_max", "tanh", "sigmoid", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "where",
+     "where_bool", "to_float", "to_int", "to_bool", "random_bits"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class _Writer:
     def parts(self) -> list[str]:
         """The text blocks."""
         return [
-            self.constants(), *self.scores(), *self.raw_gradients(), *self.ranges(),
+            self.constants(), *self.scores(), *self.raw_gradients(), self.sink(), *self.weights(), *self.ranges(),
             *self.sums("row", self.gradients.row), *self.sums("column", self.gradients.column),
             self.tile_gradient(), *self.bounds(), self.certainty(),
         ]  # fmt: skip
@@ -83,6 +89,7 @@ class _Writer:
             [
                 f"SCALE = tl.constexpr({scale!r})  # natural units in a unit of what `kept_score` returns",
                 f"FACTOR = tl.constexpr({scale * math.log2(math.e)!r})  # SCALE * log2(e)",
+                f"HAS_SINK = tl.constexpr({self.spec.sink is not None})  # whether rows have a sink",
             ]
         )
 
@@ -122,6 +129,30 @@ class _Writer:
             parts.append(function_text("kept_gradient", f"s, grad, {_AT}", [], "grad", purpose))
         return parts
 
+    def sink(self) -> str:
+        purpose = "The sink of rows, in natural units."
+        if self.spec.sink is None:
+            return function_text("sink_score", _AT_ROW, [], "like(0.0, m)", purpose)
+        text = ScoreText(self.spec.sink, self.layout)
+        return function_text("sink_score", _AT_ROW, text.lines, f"like({text.results()[0]}, m)", purpose)
+
+    def weights(self) -> list[str]:
+        purposes = ("What a probability is multiplied with the value as.", "Gradient of a probability from that of `weighted`.")
+        heads = (("weighted", f"p, {_AT}"), ("weight_gradient", f"p, grad, {_AT}"))
+        weight = self.spec.weight
+        if weight is None:
+            plain = ("p", "grad")
+            return [function_text(*h, [], r, purpose) for h, r, purpose in zip(heads, plain, purposes, strict=True)]
+        programs = (weight, _first_result(differentiate(weight).program))
+        parts = []
+        for head, program, purpose in zip(heads, programs, purposes, strict=True):
+            text = ScoreText(program, self.layout)
+            result = text.results()[0]
+            if any(statement.op not in _ALWAYS_FINITE for statement in program.statements):
+                result = f"tl.where(inside_m & inside_n, {result}, 0.0)"  # what is loaded outside of tensors is zero
+            parts.append(function_text(*head, text.lines, result, purpose))
+        return parts
+
     def ranges(self) -> list[str]:
         parameters = "first, last, b, h, M, N, inputs"
         parts = []
@@ -142,14 +173,20 @@ class _Writer:
             parts.append(function_text(name, parameters, text.lines, ends, purpose))
         return parts
 
-    def capture_gradients(self, wanted: Sequence[int], *, kept: bool) -> tuple[ScoreText, dict[int, str]]:
-        """Statements for the gradients of the elements of captures, and what each is called."""
-        derivative = self.spec.derivative(tuple(wanted), kept=kept)
+    def capture_gradients(self, wanted: Sequence[int], *, kept: bool) -> list[tuple[ScoreText, dict[int, str]]]:
+        """Statements for the gradients of the elements of captures, and what each is called: by the score, by the weight."""
+        derivatives = [(self.spec.derivative(tuple(wanted), kept=kept), "grad")]
+        if self.spec.weight is not None:
+            derivatives.append((differentiate(self.spec.weight, tuple(wanted)), "dp"))
+        return [self.load_gradients(derivative, grad) for derivative, grad in derivatives]
+
+    def load_gradients(self, derivative: Derivative, grad: str = "grad") -> tuple[ScoreText, dict[int, str]]:
+        """Statements for the gradients of the loads of a derivative, and what each capture's is called."""
         numbers: dict[int, int] = {}
         for (capture, _), result in zip(derivative.loads, derivative.program.results[1:], strict=True):
             numbers.setdefault(capture, result)
         program = _with_results(derivative.program, tuple(numbers.values()))
-        text = ScoreText(program, self.layout)
+        text = ScoreText(program, self.layout, grad=grad)
         return text, dict(zip(numbers, text.results(), strict=True))
 
     def sums(self, side: str, wanted: tuple[int, ...]) -> list[str]:
@@ -163,18 +200,21 @@ class _Writer:
         body: list[str] = []
         if wanted:
             for case, kept in (("if WHOLE:", False), ("else:", True)):
-                text, names = self.capture_gradients(wanted, kept=kept)
-                body += [case, *(f"    {line}" for line in text.lines)]
-                for place, capture in enumerate(wanted):
-                    addend = f"tl.sum(tl.where(kept, like({names[capture]}, s), 0.0), 1)" if capture in names else "0.0"
-                    body.append(f"    {self.layout.names[capture]}_sum = sums[{place}] + {addend}")
+                body.append(case)
+                before = [f"sums[{place}]" for place in range(len(wanted))]
+                for text, names in self.capture_gradients(wanted, kept=kept):
+                    body += [f"    {line}" for line in text.lines]
+                    for place, capture in enumerate(wanted):
+                        addend = f"tl.sum(tl.where(kept, like({names[capture]}, s), 0.0), 1)" if capture in names else "0.0"
+                        body.append(f"    {self.layout.names[capture]}_sum = {before[place]} + {addend}")
+                    before = [f"{self.layout.names[capture]}_sum" for capture in wanted]
         returned = ", ".join(f"{self.layout.names[capture]}_sum" for capture in wanted)
         add = function_text(
-            f"add_{side}_sums", f"sums, kept, s, grad, {_AT}, WHOLE: tl.constexpr", body,
+            f"add_{side}_sums", f"sums, kept, s, grad, p, dp, {_AT}, WHOLE: tl.constexpr", body,
             f"({returned}{comma})" if wanted else "sums", "Add sums over axis 1, where `kept`, of elements' gradients.",
         )  # fmt: skip
         if side == "row":
-            return [start, add, store]
+            return [start, add, self.sink_sums(wanted), store]
         loads = ", ".join(f"tl.load(partial + {i} * plane, mask=inside, other=0.0)" for i in range(len(wanted)))
         purpose = "What `store_column_sums` stored."
         return [
@@ -184,16 +224,29 @@ class _Writer:
             store,
         ]
 
+    def sink_sums(self, wanted: tuple[int, ...]) -> str:
+        body: list[str] = []
+        returned = "sums"
+        if wanted and self.spec.sink is not None:
+            text, names = self.load_gradients(differentiate(self.spec.sink, wanted))
+            body = text.lines
+            sums = [f"sums[{i}] + like({names[c]}, m)" if c in names else f"sums[{i}]" for i, c in enumerate(wanted)]
+            returned = f"({', '.join(sums)}{',' if len(wanted) == 1 else ''})"
+        purpose = "Add the gradients of loaded elements from `grad`, that of the rows' sinks."
+        return function_text("add_sink_sums", f"sums, grad, {_AT_ROW}", body, returned, purpose)
+
     def tile_gradient(self) -> str:
         body = ["gradient = like(0.0, s)"]
         for capture in self.gradients.tile:
             for whole in (True, False):
-                text, names = self.capture_gradients((capture,), kept=not whole)
-                if capture not in names:
-                    continue
-                body.append(f"if CAPTURE == {capture} and {'WHOLE' if whole else 'not WHOLE'}:")
-                body += [*(f"    {line}" for line in text.lines), f"    gradient = like({names[capture]}, s)"]
-        parameters = f"s, grad, {_AT}, CAPTURE: tl.constexpr, WHOLE: tl.constexpr"
+                sign = "="
+                for text, names in self.capture_gradients((capture,), kept=not whole):
+                    if capture not in names:
+                        continue
+                    body.append(f"if CAPTURE == {capture} and {'WHOLE' if whole else 'not WHOLE'}:")
+                    body += [*(f"    {line}" for line in text.lines), f"    gradient {sign} like({names[capture]}, s)"]
+                    sign = "+="
+        parameters = f"s, grad, p, dp, {_AT}, CAPTURE: tl.constexpr, WHOLE: tl.constexpr"
         return function_text("tile_gradient", parameters, body, "gradient", "Gradient of the elements of capture number CAPTURE.")
 
     def bounds(self) -> list[str]:

@@ -23,7 +23,7 @@ _WIDE = 2**30  # integers from here on are int64, so that a sum of a few cannot 
 _SMALL_FACTOR = 1024
 _RESERVED = frozenset(
     {
-        "s", "grad", "b", "h", "m", "n", "inside_m", "inside_n", "M", "N", "inputs", "first", "last", "bounds", "plane",
+        "s", "p", "grad", "dp", "b", "h", "m", "n", "inside_m", "inside_n", "M", "N", "inputs", "first", "last", "bounds", "plane",
         "sums", "kept", "partial", "gradient", "inside", "queries", "keys", "query_plane", "key_plane", "tl", "triton",
     }
 )  # fmt: skip
@@ -72,7 +72,7 @@ def constant_text(value: object) -> str:
 class ScoreText:
     """The statements of one program. `lines` is the body, `names[i]` what statement i is called.
 
-    `inputs` gives the text of `input` leaves (interval programs only).
+    `inputs` gives the text of `input` leaves (interval programs only), `grad` that of the incoming gradient.
     """
 
     def __init__(
@@ -80,10 +80,12 @@ class ScoreText:
         program: ScoreProgram,
         layout: InputLayout,
         inputs: Callable[[Statement], str] | None = None,
+        grad: str = "grad",
     ) -> None:
         self.program = program
         self.layout = layout
         self.inputs = inputs
+        self.grad = grad
         self.lines: list[str] = []
         self.names: list[str] = []
         self._taken: set[str] = set(_RESERVED)
@@ -106,8 +108,8 @@ class ScoreText:
         return name
 
     def _leaf_or_op(self, number: int, statement: Statement) -> str:
-        if statement.op in ("score", "grad"):
-            return {"score": "s", "grad": "grad"}[statement.op]
+        if statement.op in ("score", "probability", "grad"):
+            return {"score": "s", "probability": "p", "grad": self.grad}[statement.op]
         if statement.op in ("index", "length"):
             return str(statement.attribute)
         if statement.op == "const":

@@ -139,7 +139,7 @@ def _warn_once(spec: AttentionSpec, direction: str, reason: str) -> None:
 
 def _line(spec: AttentionSpec) -> str:
     """The attention by the user's line, or by its formula."""
-    lines = [statement.source for statement in spec.score.statements if statement.source]
+    lines = [statement.source for _program, statement in spec.statements if statement.source]
     return f"the attention at {lines[-1]}" if lines else f"attention {spec.describe()[0][1]}"
 
 

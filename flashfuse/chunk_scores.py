@@ -49,7 +49,13 @@ class Window:
                 tensor = tensor.unsqueeze(axis)
         return tensor.unflatten(1, (-1, self.call.shape.group) if "h" in letters else (1, 1))
 
-    def values(self, program: ScoreProgram, score: Tensor | None = None, grad: Tensor | None = None) -> tuple[Any, ...]:
+    def values(
+        self,
+        program: ScoreProgram,
+        score: Tensor | None = None,
+        grad: Tensor | None = None,
+        probability: Tensor | None = None,
+    ) -> tuple[Any, ...]:
         """Results of a program, each a number or a tensor that broadcasts against scores."""
 
         def leaf(statement: Statement, operands: list[Any]) -> Any:
@@ -61,7 +67,7 @@ class Window:
                 return self.call.sizes[int(statement.attribute)]  # type: ignore[arg-type]
             if statement.op == "length":
                 return self.call.shape.M if statement.attribute == "M" else self.call.shape.N
-            return score if statement.op == "score" else grad
+            return {"score": score, "probability": probability, "grad": grad}[statement.op]
 
         return evaluate(program, leaf, self.call.dtype)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashfuse.chunk_probabilities import sink_of, through_sink, through_weight, weighted
 from flashfuse.chunk_scores import Window, dropped_by_mask, linear_score, overwrite, scores_of
 from flashfuse.chunks import Call, Chunk, Scratch, grouped, score_dtype, shape_of
 from flashfuse.errors import InternalError
@@ -108,21 +109,18 @@ class _Rows:
 def _forward_chunk(call: Call, chunk: Chunk, scratch: Scratch, result: _Rows) -> Tensor | None:
     """Fill the chunk's results; which of its rows must be computed from the whole program, `[..., rows, 1]`, if any."""
     rows = call.spec.empty_rows
+    sink = sink_of(call, chunk)
     if chunk.keys.lo >= chunk.keys.hi:
-        result.out[chunk.place] = 0
-        result.stats[0][chunk.place] = float("inf")
-        low = torch.ones_like(result.stats[0][chunk.place], dtype=torch.bool).unsqueeze(-1)
-        return low if rows is EmptyRows.EXACT else None
+        return _no_keys(call, chunk, sink, result)
     scores, _ = scores_of(call, chunk, call.folded(call.query, chunk), call.spec.split.kept, scratch)
     overwrite(call.unfolded(scores, chunk), dropped_by_mask(call, chunk), None, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
+    top = _top(scores, sink)
     empty = top == float("-inf") if rows is EmptyRows.ZERO else None
     ordinary = top > LOW_SCORE if rows is EmptyRows.EXACT else None
     if empty is not None:
         top.masked_fill_(empty, 0.0)
-    scores.sub_(top).exp_()
-    total = scores.sum(-1, keepdim=True)
-    out = torch.bmm(scores, call.value[chunk.pairs, chunk.keys.lo : chunk.keys.hi])
+    total = _exponentials(scores, top, sink)
+    out = torch.bmm(weighted(call, chunk, scores), call.value[chunk.pairs, chunk.keys.lo : chunk.keys.hi])
     out.div_(total if empty is None else total.masked_fill(empty, 1.0))
     logsumexp = total.log_().add_(top)
     if empty is not None:
@@ -134,12 +132,33 @@ def _forward_chunk(call: Call, chunk: Chunk, scratch: Scratch, result: _Rows) ->
     return ~call.unfolded(ordinary, chunk)
 
 
+def _no_keys(call: Call, chunk: Chunk, sink: Tensor | None, result: _Rows) -> Tensor | None:
+    """`_forward_chunk` where the mask drops every key of every row."""
+    result.out[chunk.place] = 0
+    logsumexp = result.stats[0][chunk.place]
+    logsumexp.copy_(call.unfolded(sink, chunk).squeeze(-1)) if sink is not None else logsumexp.fill_(float("inf"))
+    low = torch.ones_like(logsumexp, dtype=torch.bool) if sink is None else ~(logsumexp > LOW_SCORE)
+    return low.unsqueeze(-1) if call.spec.empty_rows is EmptyRows.EXACT and bool(low.any()) else None
+
+
+def _top(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """The largest score of each row, `[..., 1]`."""
+    top = scores.amax(-1, keepdim=True)
+    return top if sink is None else torch.maximum(top, sink)
+
+
+def _exponentials(scores: Tensor, top: Tensor, sink: Tensor | None) -> Tensor:
+    """Replace scores by their exponentials, divided by that of `top`; the sum of each row, `[..., 1]`."""
+    total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+    return total if sink is None else total.add_((sink - top).exp_())
+
+
 def _forward_low_rows(call: Call, part: Chunk, scratch: Scratch, result: _Rows, low: Tensor) -> None:
     scores, _ = scores_of(call, part, call.folded(call.query, part), call.spec.score, scratch)
-    top = scores.amax(-1, keepdim=True)
-    scores.sub_(top).exp_()
-    total = scores.sum(-1, keepdim=True)
-    out = torch.bmm(scores, call.value[part.pairs]).div_(total)
+    sink = sink_of(call, part)
+    top = _top(scores, sink)
+    total = _exponentials(scores, top, sink)
+    out = torch.bmm(weighted(call, part, scores), call.value[part.pairs]).div_(total)
     values = (out, total.log_(), top)
     targets = (result.out, *(plane.unsqueeze(-1) for plane in result.stats))
     for target, value in zip(targets, values, strict=True):
@@ -196,20 +215,40 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
         probabilities.sub_(gradients.stats[1][chunk.place])
     probabilities.sub_(gradients.stats[0][chunk.place]).exp_()
     overwrite(probabilities, [], hidden, 0.0)
-    gradients.value[chunk.pairs, keys].baddbmm_(final.mT, grad_out)
+    gradients.value[chunk.pairs, keys].baddbmm_(weighted(call, chunk, final).mT, grad_out)
     grad = torch.bmm(grad_out, call.value[chunk.pairs, keys].mT, out=scratch.scores("grad", chunk))
+    wanted = tuple(gradients.captures)
+    grad = through_weight(call, chunk, final, grad, wanted, gradients.add_to_capture)
+    sink = _sink_probability(gradients, chunk, hidden)
     if gradients.out.dtype is call.dtype:
         delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
     else:  # the output was rounded, but the whole row is here: delta from the probabilities themselves
         total = final.sum(-1, keepdim=True)
+        total = total if sink is None else total.add_(sink)
         delta = torch.mul(final, grad, out=scratch.scores("product", chunk)).sum(-1, keepdim=True)
         delta.div_(total.masked_fill_(total == 0, 1.0))
+    if sink is not None:
+        through_sink(call, chunk, -(sink * delta), wanted, gradients.add_to_capture)
     grad.sub_(delta).mul_(final)
     overwrite(call.unfolded(grad, chunk), dropped, hidden, 0.0)
     grad_score, factor = _through_program(gradients, chunk, program, raw, grad, dropped, hidden)
     grad_query = call.unfolded(torch.bmm(grad_score, call.key[chunk.pairs, keys]), chunk)
     gradients.query[chunk.place].add_(grad_query, alpha=factor)
     gradients.key[chunk.pairs, keys].baddbmm_(grad_score.mT, query, alpha=factor)
+
+
+def _sink_probability(gradients: _Gradients, chunk: Chunk, hidden: Tensor | None) -> Tensor | None:
+    """What the sink takes of each row, `[pairs, R * rows, 1]`; zero in hidden rows."""
+    call = gradients.call
+    sink = sink_of(call, chunk)
+    if sink is None:
+        return None
+    own = call.unfolded(sink, chunk)
+    if chunk.whole:
+        own = own - gradients.stats[1][chunk.place]
+    own = (own - gradients.stats[0][chunk.place]).exp_()
+    overwrite(own, [], hidden, 0.0)
+    return own.reshape_as(sink)
 
 
 def _through_program(

@@ -17,8 +17,8 @@ PACKAGES = {"flashfuse", "flashfuse.ir", "flashfuse.patterns", "flashfuse.codege
 LAYERS = (
     ("flashfuse.errors", "flashfuse.refusal", "flashfuse.options"),
     ("flashfuse.ir",),
-    ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunked_attention",
-     "flashfuse.aten_flash"),
+    ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunk_probabilities",
+     "flashfuse.chunked_attention", "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen", "flashfuse.block_map"),
     ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.dump"),
     ("flashfuse.inductor_lowerings",),

@@ -12,9 +12,11 @@ import triton.language as tl
 from flashfuse.codegen.kernels.forward import masked
 from flashfuse.codegen.kernels.plain_score import (
     FACTOR,
+    HAS_SINK,
     SCALE,
     add_column_sums,
     add_row_sums,
+    add_sink_sums,
     keep,
     kept_gradient,
     kept_score,
@@ -23,10 +25,13 @@ from flashfuse.codegen.kernels.plain_score import (
     query_range,
     score,
     score_gradient,
+    sink_score,
     start_column_sums,
     start_row_sums,
     store_column_sums,
     store_row_sums,
+    weight_gradient,
+    weighted,
 )  # SPLICE
 from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, store_tile, with_table
 
@@ -96,7 +101,7 @@ def descend_keys(
                     x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
             p = probability(x, lse[:, None], shift[:, None], SHIFTED)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        dx = p * (dp - row_delta[:, None])
+        dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
         if WHOLE:
             ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
             ds = tl.where(inside_n & rows[:, None], ds, 0.0)
@@ -109,7 +114,7 @@ def descend_keys(
                 kept = inside_n & rows[:, None]
             elif MASKED:
                 kept = inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
-            sums = add_row_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE)
+            sums = add_row_sums(sums, kept, s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE)
     return acc, sums
 
 
@@ -180,6 +185,9 @@ def flashfuse_grad_query(
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION, BRANCH,
     )  # fmt: skip
     store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
+    if SUMS and HAS_SINK:
+        own = low_probability(sink_score(b, h, row, inside, M, N, inputs), lse, shift)
+        sums = add_sink_sums(sums, -own * row_delta, b, h, row, inside, M, N, inputs)
     if SUMS:
         store_row_sums(sums, partial + place, plane, inside)
 
@@ -218,16 +226,17 @@ def descend_queries(
             else:
                 x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
         p = probability(x, lse[None, :], shift[None, :], PLANES == 2 and not MASKED)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dx = p * (dp - row_delta[None, :])
+        dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[None, :])
         ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if SUMS:
             kept = inside_m
             if MASKED:
                 kept = inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
-            sums = add_column_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, False)
+            sums = add_column_sums(sums, kept, s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, False)
     return dk, dv, sums
 
 
@@ -253,14 +262,15 @@ def descend_low_queries(
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             p = tl.where(kept, low_probability(x, lse[None, :], shift[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dx = p * (dp - tl.where(low, row_delta, 0.0)[None, :])
+            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - tl.where(low, row_delta, 0.0)[None, :])
             ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
             ds = tl.where(kept, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
             if SUMS:
-                sums = add_column_sums(sums, kept, s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, True)
+                sums = add_column_sums(sums, kept, s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, True)
     return dk, dv, sums
 
 

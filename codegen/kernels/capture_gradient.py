@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from flashfuse.codegen.kernels.backward import load_rows, low_probability, probability
-from flashfuse.codegen.kernels.plain_score import keep, kept_score, key_range, score, tile_gradient  # SPLICE
+from flashfuse.codegen.kernels.plain_score import (
+    keep,
+    kept_score,
+    key_range,
+    score,
+    tile_gradient,
+    weight_gradient,
+)  # SPLICE
 from flashfuse.codegen.kernels.tiles import load_tile
 
 
@@ -75,14 +82,14 @@ def flashfuse_grad_capture(
                     ordinary = ordinary & (low == 0)[:, None]
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             p = probability(x, lse[:, None], shift[:, None], PLANES == 2 and not HAS_MASK)
-            dx = p * (dp - row_delta[:, None])
-            part = tile_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
+            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
+            part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
             acc += tl.where(ordinary, part, 0.0)
             if PLANES == 2 and HAS_MASK:
                 x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
                 p = low_probability(x, lse[:, None], shift[:, None])
-                dx = p * (dp - row_delta[:, None])
-                part = tile_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, True)
+                dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
+                part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, True)
                 acc += tl.where(inside & low[:, None], part, 0.0)
     place = grad + tl.cast(kept // kept_h, tl.int64) * dc_b + tl.cast(kept % kept_h, tl.int64) * dc_h
     place = place + tl.cast(m, tl.int64) * dc_m + tl.cast(n, tl.int64) * dc_n

@@ -7,7 +7,17 @@ FlashAttention-2, Algorithm 1: running maximum and sum, one rescaling of the acc
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.plain_score import FACTOR, SCALE, keep, kept_score, key_range, score  # SPLICE
+from flashfuse.codegen.kernels.plain_score import (
+    FACTOR,
+    HAS_SINK,
+    SCALE,
+    keep,
+    kept_score,
+    key_range,
+    score,
+    sink_score,
+    weighted,
+)  # SPLICE
 from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, store_tile, with_table
 
 
@@ -60,6 +70,7 @@ def attend(
         shrink = tl.exp2((top - finite) * unit)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
+        p = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
         v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = higher
@@ -114,9 +125,14 @@ def flashfuse_forward(
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
     SHIFTED: tl.constexpr = LOW or (PLANES == 2 and not HAS_MASK)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if HAS_SINK:
+        sink = sink_score(b, h, row, row < M, M, N, inputs)
+        total = tl.where(sink == float("-inf"), 0.0, 1.0)
+        top = sink if LOW else sink / SCALE
     acc, total, top = attend(
-        tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
-        tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
+        tl.zeros([BLOCK_M, E_PAD], tl.float32), total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
         b, h, m, inside_m, M, N, inputs,
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION, BRANCH,
     )  # fmt: skip

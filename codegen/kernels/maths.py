@@ -66,6 +66,16 @@ def to_int(a):
 
 
 @triton.jit
+def random_bits(seed, b, h, m, n):
+    """30 bits of Philox for each element, by its global position (see flashfuse/ir/philox.py)."""
+    column = (n >> 4 << 3) | (n & 7)
+    row = (m >> 4 << 3) | (m & 7)
+    w0, w1, w2, w3 = tl.philox(seed, column, row, tl.cast(b, tl.int32), tl.cast(h, tl.int32))
+    right = (n & 8) != 0
+    return tl.cast(tl.where((m & 8) != 0, tl.where(right, w3, w2), tl.where(right, w1, w0)) >> 2, tl.int32)
+
+
+@triton.jit
 def wide(a):
     """As int64, for products and sizes that could leave 32 bits."""
     return tl.cast(a, tl.int64)

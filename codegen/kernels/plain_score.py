@@ -1,4 +1,5 @@
-"""The functions that emission generates from a spec, for plain attention: the final score is the raw score.
+"""The functions that emission generates from a spec, for plain attention: the final score is the raw score, without sink
+or weight.
 
 The kernel files import them by the line marked SPLICE; emission puts generated ones in its place. All work on tiles of
 any layout: `m` and `n` are int32 tensors that broadcast to the tile (`[BLOCK, 1]` and `[1, BLOCK]` or the reverse),
@@ -13,6 +14,7 @@ from flashfuse.codegen.kernels.maths import like
 
 SCALE = tl.constexpr(1.0)  # natural units in a unit of what `kept_score` returns
 FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
+HAS_SINK = tl.constexpr(False)  # whether rows have a sink
 
 
 @triton.jit
@@ -46,6 +48,24 @@ def kept_gradient(s, grad, b, h, m, n, inside_m, inside_n, M, N, inputs):
 
 
 @triton.jit
+def sink_score(b, h, m, inside_m, M, N, inputs):
+    """The sink of rows, in natural units."""
+    return like(0.0, m)
+
+
+@triton.jit
+def weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs):
+    """What a probability, divided by the row's sum or not, is multiplied with the value as."""
+    return p
+
+
+@triton.jit
+def weight_gradient(p, grad, b, h, m, n, inside_m, inside_n, M, N, inputs):
+    """Gradient of a probability from that of `weighted`."""
+    return grad
+
+
+@triton.jit
 def key_range(first, last, b, h, M, N, inputs):
     """For queries first..last: lo, hi, full_lo, full_hi. Keys outside [lo, hi) are never kept, those in full always."""
     return 0, N, 0, N
@@ -58,7 +78,8 @@ def query_range(first, last, b, h, M, N, inputs):
 
 
 # Gradients of captures. Sums over keys (`row`, in the dq kernel) and over queries (`column`, in the dkdv kernel) are
-# tuples with one vector a capture; a capture that has an element for each query and key gets `tile_gradient`.
+# tuples with one vector a capture; a capture that has an element for each query and key gets `tile_gradient`. `grad` is the
+# gradient of the final score, `dp` that of the weighted probability.
 
 
 @triton.jit
@@ -68,8 +89,14 @@ def start_row_sums(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_row_sums(sums, kept, s, grad, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE: tl.constexpr):
+def add_row_sums(sums, kept, s, grad, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE: tl.constexpr):
     """Add the sums over axis 1, where `kept`, of the gradients of loaded elements."""
+    return sums
+
+
+@triton.jit
+def add_sink_sums(sums, grad, b, h, m, inside_m, M, N, inputs):
+    """Add the gradients of loaded elements from `grad`, that of the rows' sinks."""
     return sums
 
 
@@ -92,7 +119,7 @@ def start_column_sums(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_column_sums(sums, kept, s, grad, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE: tl.constexpr):
+def add_column_sums(sums, kept, s, grad, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, WHOLE: tl.constexpr):
     """Add the sums over axis 1, where `kept`, of the gradients of loaded elements."""
     return sums
 
@@ -104,7 +131,9 @@ def store_column_sums(sums, partial, plane, inside):
 
 
 @triton.jit
-def tile_gradient(s, grad, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE: tl.constexpr, WHOLE: tl.constexpr):
+def tile_gradient(
+    s, grad, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE: tl.constexpr, WHOLE: tl.constexpr
+):
     """Gradient of the elements of capture number CAPTURE."""
     return like(0.0, s)
 

@@ -5,7 +5,10 @@ For query `[B, H, M, D]`, key `[B, G, N, D]`, value `[B, G, N, E]` (G divides H;
 
     s[b, h, m, n]   = sum_d query[b, h, m, d] * key[b, h // (H // G), n, d]
     x[b, h, m, n]   = score program of s, (b, h, m, n), captures and sizes
-    out[b, h, m, e] = sum_n softmax_n(x)[b, h, m, n] * value[b, h // (H // G), n, e]
+    p[b, h, m, n]   = exp(x[b, h, m, n]) / (exp(sink[b, h, m]) + sum_n exp(x[b, h, m, n]))
+    out[b, h, m, e] = sum_n weight(p[b, h, m, n]) * value[b, h // (H // G), n, e]
+
+Without a sink there is no such term in the sum, without a weight the probabilities are taken as they are.
 
 A spec travels inside the graph as text, so that any process can rebuild the kernel from the call alone.
 """
@@ -20,24 +23,25 @@ from functools import cached_property, lru_cache
 
 from flashfuse.errors import InternalError
 from flashfuse.ir import mask, ranges
-from flashfuse.ir.derivative import Derivative, differentiate
+from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import INDICES, ScoreProgram, from_json, to_json
+from flashfuse.ir.score_program import INDICES, ScoreProgram, Statement, from_json, to_json
+from flashfuse.ir.weight import is_proportional
 
-FORMAT = 1
+FORMAT = 2
 
 
 class EmptyRows(enum.Enum):
     """What a row without any kept key gives."""
 
-    IMPOSSIBLE = "impossible"  # proved: every row keeps a key with an ordinary score
+    IMPOSSIBLE = "impossible"  # proved: every row keeps a key with an ordinary score, or has a sink that is one
     ZERO = "zero"  # output and gradients zero, as F.scaled_dot_product_attention does
     EXACT = "exact"  # what the whole program gives: NaN for -inf, the mean of all values for a finite fill
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A tensor that the score program reads, one element a load. `rank` is the number of its indices."""
+    """A tensor that a program of the spec reads, one element a load. `rank` is the number of its indices."""
 
     name: str
     kind: Kind
@@ -46,18 +50,41 @@ class Capture:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """See the module's text. Frozen and hashable; equality ignores the user's source lines."""
+    """See the module's text. Frozen and hashable; equality ignores the user's source lines.
+
+    `weight` is a program of the leaf `probability`, proportional to it; `sink` one of b, h and m alone.
+    """
 
     score: ScoreProgram
     captures: tuple[Capture, ...] = ()
     empty_rows: EmptyRows = EmptyRows.EXACT
+    weight: ScoreProgram | None = None
+    sink: ScoreProgram | None = None
+
+    @property
+    def programs(self) -> dict[str, ScoreProgram]:
+        """The programs that there are, by the names of their fields."""
+        found = {"score": self.score, "weight": self.weight, "sink": self.sink}
+        return {name: program for name, program in found.items() if program is not None}
+
+    @property
+    def statements(self) -> tuple[tuple[ScoreProgram, Statement], ...]:
+        """All statements of all programs."""
+        return tuple((program, statement) for program in self.programs.values() for statement in program.statements)
 
     def verify(self) -> None:
-        """Raise InternalError unless program and captures fit together."""
-        self.score.verify()
-        if self.score.statements[self.score.result].kind is not Kind.FLOAT:
-            raise InternalError("the final score must be a float")
-        for statement in self.score.statements:
+        """Raise InternalError unless programs and captures fit together."""
+        for name, program in self.programs.items():
+            program.verify()
+            if program.statements[program.result].kind is not Kind.FLOAT:
+                raise InternalError(f"the final {name} must be a float")
+            if program.uses("score" if name != "score" else "probability") or program.uses("grad"):
+                raise InternalError(f"the {name} reads what is not there for it")
+        if self.weight is not None and not is_proportional(self.weight):
+            raise InternalError("the weight is not proportional to the probability")
+        if self.sink is not None and (self.sink.uses("probability") or "n" in index_letters(self.sink, self.sink.result)):
+            raise InternalError("the sink depends on the key")
+        for _program, statement in self.statements:
             if statement.op != "load":
                 continue
             capture = self.captures[int(statement.attribute)]  # type: ignore[arg-type]
@@ -97,7 +124,7 @@ class AttentionSpec:
         return 2 if self.empty_rows is EmptyRows.EXACT else 1
 
     def derivative(self, captures: tuple[int, ...] = (), *, kept: bool = False) -> Derivative:
-        """Derivative of the whole program, or of the mask-free one."""
+        """Derivative of the whole score program, or of the mask-free one."""
         return differentiate(self.split.kept if kept else self.score, captures)
 
     def to_text(self) -> str:
@@ -105,7 +132,7 @@ class AttentionSpec:
         return json.dumps(
             {
                 "flashfuse": FORMAT,
-                "score": to_json(self.score),
+                **{name: to_json(program) for name, program in self.programs.items()},
                 "captures": [[c.name, c.kind.value, c.rank] for c in self.captures],
                 "empty_rows": self.empty_rows.value,
             },
@@ -116,15 +143,20 @@ class AttentionSpec:
     def key(self) -> str:
         """Hex digest of the meaning: equal for equal specs, whatever lines they came from."""
         anonymous = json.loads(self.to_text())
-        anonymous["score"]["statements"] = [row[:-1] for row in anonymous["score"]["statements"]]
+        for name in self.programs:
+            anonymous[name]["statements"] = [row[:-1] for row in anonymous[name]["statements"]]
         return hashlib.sha256(json.dumps(anonymous, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> list[tuple[str, str]]:
-        """(word, formula) pairs for people: the score, and the mask if there is one."""
+        """(word, formula) pairs for people: the score, and the mask, the sink and the weight if there are such."""
         names = tuple(capture.name for capture in self.captures)
         rows = [("score", self.split.kept.formula(captures=names))]
         if self.split.keep is not None:
             rows.append(("keeps", self.split.keep.formula(captures=names)))
+        if self.sink is not None:
+            rows.append(("sink", self.sink.formula(captures=names)))
+        if self.weight is not None:
+            rows.append(("weight", self.weight.formula(captures=names)))
         return rows
 
 
@@ -135,7 +167,8 @@ def from_text(text: str) -> AttentionSpec:
     if value.get("flashfuse") != FORMAT:
         raise InternalError(f"spec of format {value.get('flashfuse')}, this flashfuse reads {FORMAT}")
     captures = tuple(Capture(name, Kind(kind), rank) for name, kind, rank in value["captures"])
-    spec = AttentionSpec(from_json(value["score"]), captures, EmptyRows(value["empty_rows"]))
+    weight, sink = (from_json(value[name]) if name in value else None for name in ("weight", "sink"))
+    spec = AttentionSpec(from_json(value["score"]), captures, EmptyRows(value["empty_rows"]), weight, sink)
     spec.verify()
     return spec
 
@@ -146,12 +179,12 @@ def plain_load_letters(spec: AttentionSpec, capture: int) -> tuple[str, ...] | N
     A dimension indexed by the constant 0 has letter "" (it is broadcast).
     """
     found: set[tuple[str, ...]] = set()
-    for statement in spec.score.statements:
+    for program, statement in spec.statements:
         if statement.op != "load" or statement.attribute != capture:
             continue
         letters: list[str] = []
         for operand in statement.operands:
-            index = spec.score.statements[operand]
+            index = program.statements[operand]
             if index.op == "index":
                 letters.append(str(index.attribute))
             elif index.op == "const" and index.attribute == 0:

@@ -1,7 +1,8 @@
 """Reverse-mode derivative of a score program, by the rows of `score_ops`.
 
 The result is itself a score program: given the raw score and the gradient of the final score (leaf `grad`) it computes
-the gradient of the raw score and of every float element that the program loads.
+the gradient of the raw score and of every float element that the program loads. Of a weight, which is a program of a
+probability, it computes the gradient of the probability in the raw score's place.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flashfuse.ir.score_program import ScoreProgram
 
 @dataclass(frozen=True)
 class Derivative:
-    """`program.results[0]` is the gradient of the raw score; `program.results[1 + i]` that of load `loads[i]`.
+    """`program.results[0]` is the gradient of the raw score (of a weight: of the probability); `program.results[1 + i]` that of load `loads[i]`.
 
     `loads[i]` is a capture's number and the index letters that its element depends on, in the order of INDICES;
     an element's gradient has to be summed over the letters that are missing.
@@ -39,7 +40,7 @@ def _letters(program: ScoreProgram) -> tuple[frozenset[str], ...]:
         letters = frozenset().union(*(found[operand] for operand in statement.operands))
         if statement.op == "index":
             letters |= {str(statement.attribute)}
-        if statement.op in ("score", "grad"):
+        if statement.op in ("score", "probability", "grad"):
             letters |= set("bhmn")
         found.append(letters)
     return tuple(found)
@@ -47,7 +48,7 @@ def _letters(program: ScoreProgram) -> tuple[frozenset[str], ...]:
 
 @lru_cache(maxsize=1024)
 def differentiate(program: ScoreProgram, captures: tuple[int, ...] = ()) -> Derivative:
-    """The derivative with respect to the raw score and to every float load of the given captures.
+    """The derivative with respect to the raw score (or probability) and to every float load of the given captures.
 
     Raises InternalError if an operation on the way has no derivative.
     """
@@ -68,7 +69,7 @@ def differentiate(program: ScoreProgram, captures: tuple[int, ...] = ()) -> Deri
             known = gradients.get(operand.number)
             gradients[operand.number] = part if known is None else known + part
     zero = builder.const(0.0)
-    scores = [value for value in values if value.statement.op == "score"]
+    scores = [value for value in values if value.statement.op in ("score", "probability")]
     results = [gradients.get(scores[0].number, zero) if scores else zero]
     loads: list[tuple[int, str]] = []
     for number, statement in enumerate(program.statements):

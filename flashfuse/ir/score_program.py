@@ -2,7 +2,8 @@
 
 Statement `%i` computes one value for each `(b, h, m, n)` from earlier values. Leaves are the raw score, the four
 indices, the lengths M and N, constants, integers given at call time (`size`), elements of captured tensors (`load`),
-and, in derivative programs, the incoming gradient. It is no sympy expression on purpose: sympy rewrites on construction
+and, in derivative programs, the incoming gradient. Weights (`flashfuse.ir.weight`) are such programs of a probability
+instead of a score, sinks of neither. It is no sympy expression on purpose: sympy rewrites on construction
 and so changes rounding.
 
 `evaluate` is the specification: what a kernel computes is right if and only if it agrees with it.
@@ -42,7 +43,8 @@ LEAVES: dict[str, Leaf] = {
     leaf.name: leaf
     for leaf in (
         Leaf("score", None, Kind.FLOAT),  # q . k, before anything else
-        Leaf("grad", None, Kind.FLOAT),  # derivative programs: the gradient of the final score
+        Leaf("probability", None, Kind.FLOAT),  # weights: an element of the softmax, before anything else
+        Leaf("grad", None, Kind.FLOAT),  # derivative programs: the gradient of the program's result
         Leaf("index", str, Kind.INT),  # attribute: one of INDICES
         Leaf("length", str, Kind.INT),  # attribute: "M" or "N"
         Leaf("const", None, None),
@@ -189,8 +191,8 @@ def _formula(program: ScoreProgram, result: int, captures: tuple[str, ...]) -> s
     def text(number: int) -> str:
         statement = program.statements[number]
         operands = [text(operand) for operand in statement.operands]
-        if statement.op == "score":
-            return "s"
+        if statement.op in ("score", "probability"):
+            return statement.op[0]
         if statement.op in ("index", "length"):
             return str(statement.attribute)
         if statement.op == "const":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashfuse.ir import philox
 from flashfuse.ir.attention_spec import EmptyRows
 from flashfuse.ir.score_ops import Kind
 
@@ -327,4 +328,91 @@ def _scores() -> list[Case]:
     return cases
 
 
-CASES = [*_plain(), *_masks(), *_scores()]
+def dropped(p: Tensor, seed: Tensor, rate: float, indices: tuple[Tensor, ...]) -> Tensor:
+    """Dropout by the mask of a seed, each element by itself."""
+    bits = philox.random_bits(seed.cpu(), *torch.broadcast_tensors(*(index.cpu() for index in indices)))
+    return p * torch.where(bits < rate * 2**philox.BITS, 0.0, 1 / (1 - rate)).to(p)
+
+
+def _seed(generator: torch.Generator) -> list[Tensor]:
+    return [torch.randint(-(2**63), 2**63 - 1, (), generator=generator)]
+
+
+def _never(keep: Tensor, s: Tensor, fill: float = NEVER) -> Tensor:
+    return torch.where(keep, s, torch.full((), fill, dtype=s.dtype, device=s.device))
+
+
+def _left_padding(generator: torch.Generator) -> list[Tensor]:
+    return [torch.arange(75)[None, :] >= torch.tensor([[50], [3]])]
+
+
+def _weights() -> list[Case]:
+    square: Shape = (2, 2, 1, 75, 75, 16, 16)
+    cases = []
+    for name, rate, shape in (("dropout", 0.25, LONG), ("dropout_gqa", 0.5, (2, 4, 2, 75, 75, 16, 32))):
+        p = Program()
+        spec = p.spec(p.masked(p.n <= p.m, p.s * 0.25, NEVER), IMPOSSIBLE, weight=p.dropped(p.p, rate))
+        cases.append(Case(name, spec, lambda s, c, z, i: _never(i[3] <= i[2], s * 0.25), _seed, shape=shape,
+                          weight=lambda p, c, i, rate=rate: dropped(p, c[0], rate, i)))  # fmt: skip
+    p = Program()
+    spec = p.spec(p.s, IMPOSSIBLE, weight=p.p * 0.0)
+    cases.append(Case("dropout_of_all", spec, lambda s, c, z, i: s, weight=lambda p, c, i: p * 0.0))
+    p = Program()
+    kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
+    spec = p.spec(p.masked(kept, p.s * 0.25, LOWEST), weight=p.dropped(p.p, 0.5))
+    cases.append(Case("dropout_low_rows", spec, lambda s, c, z, i: _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST),
+                      lambda g: [*_left_padding(g), *_seed(g)], shape=square, weight=lambda p, c, i: dropped(p, c[1], 0.5, i)))  # fmt: skip
+    p = Program()
+    kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
+    spec = p.spec(p.s * 0.25, IMPOSSIBLE, weight=p.masked(kept, p.p, 0.0))
+    cases.append(Case("mask_after_softmax", spec, lambda s, c, z, i: s * 0.25, _left_padding, shape=square,
+                      weight=lambda p, c, i: torch.where(c[0][:, None, None, :] & (i[3] <= i[2]), p, torch.zeros_like(p))))  # fmt: skip
+    p = Program()
+    head = p.declare("head", Kind.FLOAT, 1)
+    query, key = p.capture("query", Kind.FLOAT, p.b, p.m), p.capture("key", Kind.FLOAT, p.n)
+    spec = p.spec(p.masked(p.n <= p.m, p.s * p.load(head, p.h), NEVER), IMPOSSIBLE, weight=p.p * p.load(head, p.h) * query / key)
+    cases.append(Case("weight_vectors", spec, lambda s, c, z, i: _never(i[3] <= i[2], s * c[0][:, None, None]),
+                      lambda g: [torch.rand(2, generator=g), torch.randn(2, 37, generator=g), torch.rand(37, generator=g) + 0.5],
+                      needs=(True, True, True),
+                      weight=lambda p, c, i: p * c[0][:, None, None] * c[1][:, None, :, None] / c[2]))  # fmt: skip
+    p = Program()
+    element = p.capture("element", Kind.FLOAT, p.zero, p.h, p.m, p.n)
+    spec = p.spec(p.masked(p.n <= p.m - 2, p.s + element, LOWEST), weight=p.p * element)
+    cases.append(Case("weight_matrix", spec, lambda s, c, z, i: _never(i[3] <= i[2] - 2, s + c[0], LOWEST),
+                      lambda g: [torch.randn(1, 2, 37, 37, generator=g)], needs=(True,),
+                      weight=lambda p, c, i: p * c[0]))  # fmt: skip
+    return cases
+
+
+def _sinks() -> list[Case]:
+    square: Shape = (2, 2, 1, 75, 75, 16, 16)
+    cases = []
+    p = Program()
+    spec = p.spec(p.masked(p.capture("padding", Kind.BOOL, p.b, p.n), p.s * 0.25, NEVER), IMPOSSIBLE, sink=p.builder.const(0.0))
+    cases.append(Case("softmax_plus_one", spec, lambda s, c, z, i: _never(c[0][:, None, None, :], s * 0.25),
+                      lambda g: [torch.arange(75)[None, :] >= torch.tensor([[75], [3]])], shape=square,
+                      sink=lambda c: torch.zeros(1, device=c[0].device)))  # fmt: skip
+    for name, mask in (("sinks_causal", True), ("sinks_plain", False)):
+        p = Program()
+        sink = p.capture("sink", Kind.FLOAT, p.h)
+        spec = p.spec(p.masked(p.n <= p.m, p.s * 0.25, NEVER) if mask else p.s * 0.25, IMPOSSIBLE, sink=sink)
+        cases.append(Case(name, spec, lambda s, c, z, i, mask=mask: _never(i[3] <= i[2], s * 0.25) if mask else s * 0.25,
+                          lambda g: [torch.randn(2, generator=g) * 3], shape=LONG, needs=(True,),
+                          sink=lambda c: c[0][:, None, None]))  # fmt: skip
+    p = Program()
+    row, column = p.capture("row", Kind.FLOAT, p.b, p.h, p.m), p.capture("column", Kind.FLOAT, p.n)
+    spec = p.spec(p.s * 0.25 + column, sink=row * 2.0, weight=p.p * row)
+    cases.append(Case("sinks_rows", spec, lambda s, c, z, i: s * 0.25 + c[1],
+                      lambda g: [torch.randn(2, 2, 37, generator=g), torch.randn(37, generator=g)], needs=(True, True),
+                      sink=lambda c: c[0][..., None] * 2.0, weight=lambda p, c, i: p * c[0][..., None]))  # fmt: skip
+    p = Program()
+    kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
+    spec = p.spec(p.masked(kept, p.s * 0.25, LOWEST), sink=p.capture("sink", Kind.FLOAT, p.h))
+    for name, sinks in (("sinks_low", [0.5, LOWEST]), ("sinks_lower", [NEVER, -2.0e4])):
+        cases.append(Case(name, spec, lambda s, c, z, i: _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST),
+                          lambda g, sinks=sinks: [*_left_padding(g), torch.tensor(sinks)], shape=square, needs=(False, True),
+                          sink=lambda c: c[1][:, None, None]))  # fmt: skip
+    return cases
+
+
+CASES = [*_plain(), *_masks(), *_scores(), *_weights(), *_sinks()]

@@ -66,13 +66,17 @@ def named_spec(name: str) -> AttentionSpec:
     if name == "documents":
         d = p.declare("document", Kind.INT, 2)
         return p.spec(p.masked(p.load(d, p.b, p.m).eq(p.load(d, p.b, p.n)), scaled, never), EmptyRows.IMPOSSIBLE)
+    if name == "dropout":
+        return p.spec(p.masked(p.n <= p.m, scaled, never), EmptyRows.IMPOSSIBLE, weight=p.dropped(p.p, 0.1))
+    if name == "sinks":
+        return p.spec(p.masked(p.n <= p.m, scaled, never), EmptyRows.IMPOSSIBLE, sink=p.capture("sinks", Kind.FLOAT, p.h))
     raise ValueError(name)
 
 
 def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, even: bool) -> dict[str, object]:
     """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least."""
     itemsize = 4 if dtype == "fp32" else 2
-    heavy = spec.score.loads() != () or spec.score.uses("tanh")
+    heavy = any(program.loads() or program.uses("tanh") for program in spec.programs.values())
     plan = kernel_plan(
         divmod(target, 10), itemsize, head_dim, heavy=heavy, masked=spec.split.keep is not None
     )

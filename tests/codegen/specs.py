@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashfuse.ir import philox
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
 from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
@@ -22,6 +23,7 @@ class Program:
         self.builder = Builder()
         self.captures: list[Capture] = []
         self.s = self.builder.leaf("score")
+        self.p = self.builder.leaf("probability")
         self.b, self.h, self.m, self.n = (self.builder.leaf("index", letter) for letter in "bhmn")
         self.M, self.N = (self.builder.leaf("length", letter) for letter in "MN")
         self.zero = self.builder.const(0)
@@ -47,9 +49,15 @@ class Program:
         """`x` where `keep`, else `fill`."""
         return x.apply("where", keep, x, fill)
 
-    def spec(self, result: Value, rows: EmptyRows = EmptyRows.EXACT) -> AttentionSpec:
-        """The verified spec."""
-        spec = AttentionSpec(self.builder.program(result), tuple(self.captures), rows)
+    def dropped(self, x: Value, p: float) -> Value:
+        """`x` after dropout by a new captured seed."""
+        bits = self.builder.op("random_bits", self.capture("seed", Kind.INT), self.b, self.h, self.m, self.n)
+        return x * x.apply("where", bits < round(p * 2**philox.BITS), 0.0, 1 / (1 - p))
+
+    def spec(self, result: Value, rows: EmptyRows = EmptyRows.EXACT, **more: Value) -> AttentionSpec:
+        """The verified spec; `weight` and `sink` as in AttentionSpec."""
+        programs = {name: self.builder.program(value) for name, value in more.items()}
+        spec = AttentionSpec(self.builder.program(result), tuple(self.captures), rows, **programs)
         spec.verify()
         return spec
 
@@ -59,7 +67,8 @@ class Case:
     """One attention: a spec, shapes, and captures made from a generator. `dense` computes final scores from raw ones.
 
     `dense(s, captures, sizes, indices)` works on float64 `[B, H, M, N]` scores; it is plain torch
-    and knows nothing of score programs.
+    and knows nothing of score programs. So are `sink(captures)`, which broadcasts to `[B, H, M, 1]`, and
+    `weight(p, captures, indices)`.
     """
 
     name: str
@@ -71,6 +80,8 @@ class Case:
     needs: tuple[bool, ...] = ()
     zero_rows: bool = False
     layout: str = "contiguous"
+    sink: Callable[..., Tensor] | None = None
+    weight: Callable[..., Tensor] | None = None
     reference: torch.dtype = torch.float64  # float32 where what float32 rounds away is meant
 
 
@@ -133,9 +144,12 @@ def dense_attention(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Ten
     )  # fmt: skip
     x = case.dense((query @ key.mT).to(scores), captures, case.sizes, indices)
     x = x.expand(B, H, M, N)
-    p = x.softmax(-1)
+    sinks = [] if case.sink is None else [case.sink(captures).to(scores).expand(B, H, M, 1)]
+    p = torch.cat([x, *sinks], -1).softmax(-1)[..., :N]
     if case.zero_rows:
         p = torch.where((x == float("-inf")).all(-1, keepdim=True), torch.zeros((), dtype=scores, device=device), p)
+    if case.weight is not None:
+        p = case.weight(p, captures, indices)
     out = p.to(dtype) @ value
     wanted = [*leaves, *(c for c in captures if c.requires_grad)]
     gradients = torch.autograd.grad(out, wanted, inputs.grad_out.to(dtype), allow_unused=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashfuse.ir import philox
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
 from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
@@ -28,6 +29,13 @@ class Write:
         self.M, self.N = self.builder.leaf("length", "M"), self.builder.leaf("length", "N")
         self.size = self.builder.leaf("size", 0, Kind.INT)
         self.zero = self.builder.const(0)
+        self.p = self.builder.leaf("probability")
+
+    def dropped(self, x: Value, p: float) -> Value:
+        """`x` after dropout, with the seed as a capture."""
+        seed = self.load("seed", Kind.INT)
+        bits = seed.apply("random_bits", seed, self.b, self.h, self.m, self.n)
+        return x * x.apply("where", bits < round(p * 2**philox.BITS), 0.0, 1 / (1 - p))
 
     def load(self, name: str, kind: Kind, *indices: Value) -> Value:
         """An element of a capture, declared at its first use."""
@@ -46,7 +54,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Family:
-    """`spec` and `dense(s, captures, b, h, m, n)` say the same; `captures(B, H, M, N)` makes tensors, floats in float64."""
+    """`spec` and `dense(s, captures, b, h, m, n)` say the same; `captures(B, H, M, N)` makes tensors, floats in float64.
+
+    So do `sink(captures)`, which broadcasts to `[B, H, M, 1]`, and `weight(p, captures, b, h, m, n)`.
+    """
 
     name: str
     spec: AttentionSpec
@@ -55,15 +66,21 @@ class Family:
     needs: tuple[bool, ...] = ()
     sizes: tuple[int, ...] = ()
     shape: tuple[int, int, int, int, int, int, int] = (2, 4, 4, 90, 90, 8, 8)  # B H G M N D E
+    sink: Callable[..., Tensor] | None = None
+    weight: Callable[..., Tensor] | None = None
 
 
 def family(name: str, write: Callable[[Write], Value], dense: Callable[..., Tensor], *,
-           rows: EmptyRows = EmptyRows.EXACT, **more) -> Family:  # fmt: skip
+           rows: EmptyRows = EmptyRows.EXACT, sink: Callable[[Write], Value] | None = None,
+           weight: Callable[[Write], Value] | None = None, **more) -> Family:  # fmt: skip
     w = Write()
-    result = write(w)
-    spec = AttentionSpec(w.builder.program(result), tuple(w.captures), rows)
+    result = w.builder.program(write(w))
+    programs = {"sink": sink, "weight": weight}
+    written = {name: w.builder.program(make(w)) for name, make in programs.items() if make is not None}
+    spec = AttentionSpec(result, tuple(w.captures), rows, **written)
     spec.verify()
     more.setdefault("needs", (False,) * len(w.captures))
+    more |= {name: more.pop(f"dense_{name}") for name in written}
     return Family(name, spec, dense, **more)
 
 
@@ -105,6 +122,18 @@ def _lows(B: int, H: int, M: int, N: int) -> tuple[Tensor, ...]:
     bias[0, ..., : N // 2] = LOWEST
     bias[1] = LOWEST
     return (bias,)
+
+
+def _seeded(*letters: str) -> Callable[[int, int, int, int], tuple[Tensor, ...]]:
+    """Random floats, and a seed behind them."""
+    return lambda B, H, M, N: (*_randn(*letters)(B, H, M, N), torch.tensor(0x123456789ABCDEF))
+
+
+def _dropped(x: Tensor, seed: Tensor, p: float, *index: Tensor) -> Tensor:
+    """Dropout by the mask of a seed, taken element for element and not tile by tile."""
+    whole = torch.broadcast_tensors(*index)
+    bits = philox.random_bits(seed, *whole)
+    return torch.where(bits < p * 2**philox.BITS, torch.zeros((), dtype=x.dtype), x / (1 - p))
 
 
 SQUARE, WIDE = (2, 4, 4, 90, 90, 8, 8), (2, 4, 2, 70, 150, 8, 12)
@@ -177,6 +206,40 @@ FAMILIES = [
     family("relative_table", lambda w: w.s + w.load("table", Kind.FLOAT, w.h, w.n - w.m + (w.M - 1)),
            lambda s, c, b, h, m, n: s + c[0][:, (n - m + s.shape[2] - 1)[0, 0]],
            captures=lambda B, H, M, N: (torch.randn(H, M + N, dtype=torch.float64),)),
+    family("dropout", lambda w: w.mask(w.n <= w.m, w.s * 0.3), lambda s, c, b, h, m, n: fill(n <= m, s * 0.3),
+           rows=IMPOSSIBLE, weight=lambda w: w.dropped(w.p, 0.3),
+           dense_weight=lambda p, c, *i: _dropped(p, c[0], 0.3, *i), captures=_seeded()),
+    family("dropout_of_low_rows", lambda w: w.mask(w.load("padding", Kind.BOOL, w.b, w.n) & (w.n <= w.m), w.s * 0.3, LOWEST),
+           _dense_causal_padded(LOWEST), weight=lambda w: w.dropped(w.p, 0.5),
+           dense_weight=lambda p, c, *i: _dropped(p, c[1], 0.5, *i),
+           captures=lambda *sizes: (*_padding(40, 3, left=True)(*sizes), torch.tensor(-7)), shape=(2, 4, 2, 90, 90, 8, 8)),
+    family("mask_after_softmax", lambda w: w.s * 0.3, lambda s, c, *i: s * 0.3, rows=IMPOSSIBLE,
+           weight=lambda w: w.mask((w.n <= w.m) & w.load("padding", Kind.BOOL, w.b, w.n), w.p, 0.0),
+           dense_weight=lambda p, c, b, h, m, n: fill((n <= m) & c[0][:, None, None, :], p, 0.0), captures=_padding(13, 90)),
+    family("head_and_query_masks", lambda w: w.mask(w.n <= w.m, w.s * w.load("x", Kind.FLOAT, w.h)),
+           lambda s, c, b, h, m, n: fill(n <= m, s * c[0][:, None, None]), rows=IMPOSSIBLE,
+           weight=lambda w: w.p * w.load("x", Kind.FLOAT, w.h) * w.load("query", Kind.FLOAT, w.b, w.m) / w.load("key", Kind.FLOAT, w.n),
+           dense_weight=lambda p, c, *i: p * c[0][:, None, None] * c[1][:, None, :, None] / c[2], needs=(True, True, True),
+           captures=lambda B, H, M, N: (*_randn("h", "bm")(B, H, M, N), torch.rand(N, dtype=torch.float64) + 0.5)),
+    family("weight_of_elements", lambda w: w.mask(w.n <= w.m - 2, w.s + w.load("x", Kind.FLOAT, w.zero, w.h, w.m, w.n), LOWEST),
+           lambda s, c, b, h, m, n: fill(n <= m - 2, s + c[0], LOWEST),
+           weight=lambda w: w.p * w.load("x", Kind.FLOAT, w.zero, w.h, w.m, w.n) * 2.0,
+           dense_weight=lambda p, c, *i: p * c[0] * 2.0, captures=_randn("1hmn"), needs=(True,)),
+    family("softmax_plus_one", lambda w: w.mask(w.load("padding", Kind.BOOL, w.b, w.n), w.s), rows=IMPOSSIBLE,
+           dense=lambda s, c, *i: fill(c[0][:, None, None, :], s), captures=_padding(0, 90),
+           sink=lambda w: w.builder.const(0.0), dense_sink=lambda c: torch.zeros(1, dtype=torch.float64)),
+    family("sinks_of_heads", lambda w: w.mask((w.n <= w.m) & (w.m - w.n < 20), w.s * 0.3),
+           lambda s, c, b, h, m, n: fill((n <= m) & (m - n < 20), s * 0.3), rows=IMPOSSIBLE, captures=_randn("h"), needs=(True,),
+           sink=lambda w: w.load("sink", Kind.FLOAT, w.h) * 2.0, dense_sink=lambda c: c[0][:, None, None] * 2.0, shape=WIDE[:3] + (150, 150, 8, 12)),
+    family("sinks_of_queries", lambda w: w.s * 0.3, lambda s, c, *i: s * 0.3, captures=_randn("bhm"), needs=(True,),
+           sink=lambda w: w.load("sink", Kind.FLOAT, w.b, w.h, w.m), dense_sink=lambda c: c[0][..., None]),
+    family("sinks_in_low_rows", lambda w: w.mask(_causal_padded(w), w.s * 0.3, LOWEST), _dense_causal_padded(LOWEST),
+           captures=lambda B, H, M, N: (*_padding(40, 3, left=True)(B, H, M, N), torch.tensor([0.5, LOWEST, NEVER, -2e4], dtype=torch.float64)),
+           needs=(False, True), sink=lambda w: w.load("sink", Kind.FLOAT, w.h), dense_sink=lambda c: c[1][:, None, None]),
+    family("sink_and_dropout", lambda w: w.mask(w.n <= w.m, w.s * 0.3), lambda s, c, b, h, m, n: fill(n <= m, s * 0.3),
+           rows=IMPOSSIBLE, captures=_seeded("h"), needs=(True, False), shape=(2, 4, 2, 90, 90, 8, 8),
+           sink=lambda w: w.load("sink", Kind.FLOAT, w.h), dense_sink=lambda c: c[0][:, None, None],
+           weight=lambda w: w.dropped(w.p, 0.1), dense_weight=lambda p, c, *i: _dropped(p, c[1], 0.1, *i)),
 ]  # fmt: skip
 
 
@@ -191,7 +254,10 @@ def dense(each: Family, query: Tensor, key: Tensor, value: Tensor, captures: Seq
     B, H, G, M, N, _, _ = each.shape
     repeated = [tensor.repeat_interleave(H // G, 1) for tensor in (key, value)]
     x = each.dense(query @ repeated[0].mT, captures, *indices(B, H, M, N)).expand(B, H, M, N)
-    p = x.softmax(-1)
+    sinks = [] if each.sink is None else [each.sink(captures).to(x.dtype).expand(B, H, M, 1)]
+    p = torch.cat([x, *sinks], -1).softmax(-1)[..., :N]
     if each.spec.empty_rows is ZERO:
         p = torch.where((x == NEVER).all(-1, keepdim=True), torch.zeros((), dtype=p.dtype), p)
+    if each.weight is not None:
+        p = each.weight(p, captures, *indices(B, H, M, N))
     return p @ repeated[1]

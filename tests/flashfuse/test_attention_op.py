@@ -350,7 +350,7 @@ def test_fence_is_the_identity() -> None:
 
 def test_spec_text_of_another_format_is_an_error() -> None:
     w = Write()
-    text = Family("x", NAMED["plain"].spec, lambda s: s).spec.to_text().replace('"flashfuse":1', '"flashfuse":99')
+    text = Family("x", NAMED["plain"].spec, lambda s: s).spec.to_text().replace('"flashfuse":2', '"flashfuse":99')
     with pytest.raises(FlashfuseError, match="99"):
         attention(*(torch.randn(1, 1, 2, 2) for _ in range(3)), [], [], text, "bhme")
     assert w.captures == []
