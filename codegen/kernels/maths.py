@@ -66,13 +66,29 @@ def to_int(a):
 
 
 @triton.jit
+def counters(index):
+    """For the positions of a tile's side, consecutive from a multiple of 16 on: those without bit 3, counted without it."""
+    SIZE: tl.constexpr = index.shape[0] * index.shape[1]
+    low, _high = tl.split(tl.permute(tl.reshape(index, [SIZE // 16, 2, 8]), (0, 2, 1)))
+    low = tl.reshape(low, [SIZE // 2, 1] if index.shape[1] == 1 else [1, SIZE // 2])
+    return (low >> 4 << 3) | (low & 7)
+
+
+@triton.jit
 def random_bits(seed, b, h, m, n):
-    """30 bits of Philox for each element, by its global position (see flashfuse/ir/philox.py)."""
-    column = (n >> 4 << 3) | (n & 7)
-    row = (m >> 4 << 3) | (m & 7)
-    w0, w1, w2, w3 = tl.philox(seed, column, row, tl.cast(b, tl.int32), tl.cast(h, tl.int32))
-    right = (n & 8) != 0
-    return tl.cast(tl.where((m & 8) != 0, tl.where(right, w3, w2), tl.where(right, w1, w0)) >> 2, tl.int32)
+    """30 bits of Philox for each element of a tile, by its global position (see flashfuse/ir/philox.py).
+
+    The four words of a counter go to elements that one thread holds in a tensor core's tile, transposed or not.
+    """
+    w0, w1, w2, w3 = tl.philox(seed, counters(n), counters(m), tl.cast(b, tl.int32), tl.cast(h, tl.int32))
+    if n.shape[0] == 1:
+        words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # the last two dimensions are bit 3 of columns and of rows
+    else:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    ROWS: tl.constexpr = w0.shape[0]
+    COLUMNS: tl.constexpr = w0.shape[1]
+    words = tl.permute(tl.reshape(words, [ROWS // 8, 8, COLUMNS // 8, 8, 2, 2]), (0, 5, 1, 2, 4, 3))
+    return tl.cast(tl.reshape(words, [2 * ROWS, 2 * COLUMNS]) >> 2, tl.int32)
 
 
 @triton.jit

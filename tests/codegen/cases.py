@@ -343,13 +343,13 @@ def _never(keep: Tensor, s: Tensor, fill: float = NEVER) -> Tensor:
 
 
 def _left_padding(generator: torch.Generator) -> list[Tensor]:
-    return [torch.arange(75)[None, :] >= torch.tensor([[50], [3]])]
+    return [torch.arange(37)[None, :] >= torch.tensor([[20], [3]])]
 
 
 def _weights() -> list[Case]:
-    square: Shape = (2, 2, 1, 75, 75, 16, 16)
+    square: Shape = (2, 2, 1, 37, 37, 16, 16)
     cases = []
-    for name, rate, shape in (("dropout", 0.25, LONG), ("dropout_gqa", 0.5, (2, 4, 2, 75, 75, 16, 32))):
+    for name, rate, shape in (("dropout", 0.25, LONG), ("dropout_gqa", 0.5, (1, 4, 2, 20, 20, 16, 32))):
         p = Program()
         spec = p.spec(p.masked(p.n <= p.m, p.s * 0.25, NEVER), IMPOSSIBLE, weight=p.dropped(p.p, rate))
         cases.append(Case(name, spec, lambda s, c, z, i: _never(i[3] <= i[2], s * 0.25), _seed, shape=shape,
@@ -385,12 +385,12 @@ def _weights() -> list[Case]:
 
 
 def _sinks() -> list[Case]:
-    square: Shape = (2, 2, 1, 75, 75, 16, 16)
+    square: Shape = (2, 2, 1, 37, 37, 16, 16)
     cases = []
     p = Program()
     spec = p.spec(p.masked(p.capture("padding", Kind.BOOL, p.b, p.n), p.s * 0.25, NEVER), IMPOSSIBLE, sink=p.builder.const(0.0))
     cases.append(Case("softmax_plus_one", spec, lambda s, c, z, i: _never(c[0][:, None, None, :], s * 0.25),
-                      lambda g: [torch.arange(75)[None, :] >= torch.tensor([[75], [3]])], shape=square,
+                      lambda g: [torch.arange(37)[None, :] >= torch.tensor([[37], [3]])], shape=square,
                       sink=lambda c: torch.zeros(1, device=c[0].device)))  # fmt: skip
     for name, mask in (("sinks_causal", True), ("sinks_plain", False)):
         p = Program()
