@@ -248,8 +248,7 @@ class Call:
         """
         capability = _capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
-        heavy = any(program.loads() or program.uses("tanh") for program in self.spec.programs.values())
-        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy=heavy, masked=self.masked)
+        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), heavy=self.spec.heavy, masked=self.masked)
         tiles: tuple[Tile, ...] = getattr(plan, kernel)
         identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
         if identity in _chosen:

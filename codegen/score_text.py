@@ -23,8 +23,8 @@ _WIDE = 2**30  # integers from here on are int64, so that a sum of a few cannot 
 _SMALL_FACTOR = 1024
 _RESERVED = frozenset(
     {
-        "s", "p", "grad", "dp", "b", "h", "m", "n", "inside_m", "inside_n", "M", "N", "inputs", "first", "last", "bounds", "plane",
-        "sums", "kept", "partial", "gradient", "inside", "queries", "keys", "query_plane", "key_plane", "tl", "triton",
+        "s", "p", "grad", "dp", "b", "h", "m", "n", "inside_m", "inside_n", "M", "N", "inputs", "first", "last", "bounds",
+        "plane", "sums", "kept", "partial", "gradient", "inside", "queries", "keys", "query_plane", "key_plane", "tl", "triton",
     }
 )  # fmt: skip
 

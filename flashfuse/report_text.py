@@ -82,6 +82,10 @@ def site_facts(site: SiteRecord) -> list[tuple[str, str]]:
         skipped = skipped_text(site)
         name = ", ".join(label for label in mask.labels if label != "mask")
         facts.append(("mask", "   ".join(part for part in (mask.text, f"({name})" if name else "", skipped) if part)))
+    names = tuple(name for name, _capture in _named(site, spec))
+    for word, program in (("sink", spec.sink), ("weight", spec.weight)):
+        if program is not None:
+            facts.append((word, program.formula(captures=names)))
     if spec.captures:
         shown = [f"{name} ({capture.kind.value}, {capture.rank}-d)" for name, capture in _named(site, spec)]
         facts.append(("reads", ", ".join(shown)))
@@ -166,9 +170,8 @@ def _forward_tile(site: SiteRecord):  # type: ignore[no-untyped-def]
 
     itemsize = torch.empty(0, dtype=getattr(torch, site.dtype)).element_size()
     width = max(16, int(dims["D"]), int(dims["E"]))
-    heavy = site.spec.score.loads() != () or site.spec.score.uses("tanh")
     masked = site.spec.split.keep is not None
-    return kernel_plan(torch.cuda.get_device_capability(), itemsize, width, heavy=heavy, masked=masked).forward[0]
+    return kernel_plan(torch.cuda.get_device_capability(), itemsize, width, heavy=site.spec.heavy, masked=masked).forward[0]
 
 
 def shape_text(site: SiteRecord) -> str:

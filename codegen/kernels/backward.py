@@ -265,7 +265,8 @@ def descend_low_queries(
             pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
             dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - tl.where(low, row_delta, 0.0)[None, :])
+            row_delta = tl.where(low, row_delta, 0.0)
+            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[None, :])
             ds = score_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs) / SCALE
             ds = tl.where(kept, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

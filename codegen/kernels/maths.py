@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
 """What generated score functions call beyond operators: each with the meaning of the torch function of its row."""
 
 import triton

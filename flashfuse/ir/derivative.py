@@ -18,10 +18,10 @@ from flashfuse.ir.score_program import ScoreProgram
 
 @dataclass(frozen=True)
 class Derivative:
-    """`program.results[0]` is the gradient of the raw score (of a weight: of the probability); `program.results[1 + i]` that of load `loads[i]`.
+    """`program.results[0]` is the gradient of the raw score (of a weight: of the probability).
 
-    `loads[i]` is a capture's number and the index letters that its element depends on, in the order of INDICES;
-    an element's gradient has to be summed over the letters that are missing.
+    `program.results[1 + i]` is that of load `loads[i]`: a capture's number and the index letters that its element depends on,
+    in the order of INDICES. An element's gradient has to be summed over the letters that are missing.
     """
 
     program: ScoreProgram

@@ -188,7 +188,8 @@ _ROWS = (
     ScoreOp("not", 1, "not_({0})", torch.logical_not, (Bo,), Bo, infix="not {0}",
             interval=lambda a: (_not(a[1]), _not(a[0]))),
     # random numbers: seed, b, h, m, n
-    ScoreOp("random_bits", 5, "random_bits({0}, {1}, {2}, {3}, {4})", random_bits, (I, I, I, I, I), I),
+    ScoreOp("random_bits", 5, "random_bits({0}, {1}, {2}, {3}, {4})", random_bits, (I, I, I, I, I), I,
+            infix="random_bits({0})"),
     # choice and conversion
     ScoreOp("where", 3, "tl.where({0}, {1}, {2})", torch.where, (Bo, None, None), infix="({1} if {0} else {2})",
             grad=lambda g, out, c, a, b: (None, _where(c, g, 0.0), _where(c, 0.0, g)),

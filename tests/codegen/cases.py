@@ -346,6 +346,10 @@ def _left_padding(generator: torch.Generator) -> list[Tensor]:
     return [torch.arange(37)[None, :] >= torch.tensor([[20], [3]])]
 
 
+def _dense_low(s: Tensor, c: list[Tensor], z: tuple[int, ...], i: tuple[Tensor, ...]) -> Tensor:
+    return _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST)
+
+
 def _weights() -> list[Case]:
     square: Shape = (2, 2, 1, 37, 37, 16, 16)
     cases = []
@@ -360,13 +364,14 @@ def _weights() -> list[Case]:
     p = Program()
     kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
     spec = p.spec(p.masked(kept, p.s * 0.25, LOWEST), weight=p.dropped(p.p, 0.5))
-    cases.append(Case("dropout_low_rows", spec, lambda s, c, z, i: _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST),
-                      lambda g: [*_left_padding(g), *_seed(g)], shape=square, weight=lambda p, c, i: dropped(p, c[1], 0.5, i)))  # fmt: skip
+    cases.append(Case("dropout_low_rows", spec, _dense_low,
+                      lambda g: [*_left_padding(g), *_seed(g)], shape=square,
+                      weight=lambda p, c, i: dropped(p, c[1], 0.5, i)))  # fmt: skip
     p = Program()
     kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
     spec = p.spec(p.s * 0.25, IMPOSSIBLE, weight=p.masked(kept, p.p, 0.0))
     cases.append(Case("mask_after_softmax", spec, lambda s, c, z, i: s * 0.25, _left_padding, shape=square,
-                      weight=lambda p, c, i: torch.where(c[0][:, None, None, :] & (i[3] <= i[2]), p, torch.zeros_like(p))))  # fmt: skip
+                      weight=lambda p, c, i: p * (c[0][:, None, None, :] & (i[3] <= i[2])).to(p)))  # fmt: skip
     p = Program()
     head = p.declare("head", Kind.FLOAT, 1)
     query, key = p.capture("query", Kind.FLOAT, p.b, p.m), p.capture("key", Kind.FLOAT, p.n)
@@ -409,7 +414,7 @@ def _sinks() -> list[Case]:
     kept = p.capture("padding", Kind.BOOL, p.b, p.n) & (p.n <= p.m)
     spec = p.spec(p.masked(kept, p.s * 0.25, LOWEST), sink=p.capture("sink", Kind.FLOAT, p.h))
     for name, sinks in (("sinks_low", [0.5, LOWEST]), ("sinks_lower", [NEVER, -2.0e4])):
-        cases.append(Case(name, spec, lambda s, c, z, i: _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST),
+        cases.append(Case(name, spec, _dense_low,
                           lambda g, sinks=sinks: [*_left_padding(g), torch.tensor(sinks)], shape=square, needs=(False, True),
                           sink=lambda c: c[1][:, None, None]))  # fmt: skip
     return cases

@@ -26,6 +26,8 @@ MAX_SPILL = 192  # bytes a thread: what the launcher accepts, see `plan._MASKED`
         ("sm_90", "bf16", 64, "causal_low", ("forward",)),
         ("sm_90", "bf16", 64, "documents", ("forward",)),
         ("sm_90", "bf16", 64, "bias", ("grad_capture",)),
+        ("sm_90", "bf16", 64, "dropout", ()),
+        ("sm_90", "bf16", 64, "sinks", ("forward",)),
         ("sm_90", "fp32", 64, "causal", ("forward",)),
     ],
 )
@@ -49,7 +51,7 @@ def test_real_launches_compile(tmp_path: Path) -> None:
     """Through the launcher, with lengths, heads and strides of 1 as the constants that Triton makes of them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal"]
+    cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal", "sinks_rows", "dropout_low_rows"]
     command = [sys.executable, str(SCRIPT.with_name("compile_launches.py")), "sm_90", "bf16", *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

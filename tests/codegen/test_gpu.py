@@ -30,6 +30,8 @@ BIG = {  # the same attentions over several tiles of the default plans
     "window": (1, 2, 1, 700, 700, 128, 128), "causal_additive": (1, 2, 1, 512, 512, 256, 256),
     "softcap": (1, 2, 1, 500, 500, 128, 128), "alibi": (1, 2, 1, 500, 500, 64, 64),
     "every_other": (1, 2, 2, 300, 300, 192, 192),
+    "dropout": (1, 2, 1, 700, 700, 64, 64), "dropout_gqa": (1, 4, 2, 300, 515, 128, 128),
+    "sinks_causal": (1, 2, 1, 500, 611, 128, 128),
 }  # fmt: skip
 
 

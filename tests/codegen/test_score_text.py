@@ -14,6 +14,7 @@ from flashfuse.codegen import launch
 from flashfuse.codegen.emit import KERNELS
 from flashfuse.codegen.score_text import InputLayout, ScoreText, constant_text, function_text, identifiers
 from flashfuse.ir.attention_spec import Capture
+from flashfuse.ir.philox import random_bits
 from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import SCORE_OPS, Kind
 from flashfuse.ir.score_program import ScoreProgram, evaluate
@@ -60,6 +61,8 @@ def _program(name: str, kinds: list[Kind]) -> ScoreProgram:
 def _kinds() -> list[tuple[str, list[Kind]]]:
     rows = []
     for row in SCORE_OPS.values():
+        if row.name == "random_bits":  # takes whole tiles: see test_random_bits
+            continue
         free = [Kind.FLOAT, Kind.INT] if None in row.operands and row.name != "to_float" else [Kind.INT]
         if row.name in ("to_int", "to_bool"):
             free = [Kind.FLOAT]
@@ -85,6 +88,33 @@ def test_row(name: str, kinds: list[Kind], tmp_path: Path) -> None:
     out = torch.empty(512, dtype=torch.float32)
     module.apply[(1,)](out, 512, tuple(inputs), BLOCK=512)
     torch.testing.assert_close(out, expected.to(torch.float32), rtol=2e-6, atol=2e-7, equal_nan=True)
+
+
+RANDOM = """
+@triton.jit
+def tile(out, seed, b, h, first_m, first_n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    if TRANSPOSED:
+        bits = random_bits(tl.load(seed), b, h, first_m + column, first_n + row)
+    else:
+        bits = random_bits(tl.load(seed), b, h, first_m + row, first_n + column)
+    tl.store(out + row * COLUMNS + column, bits)
+"""
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 64), (64, 16)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_random_bits(rows: int, columns: int, transposed: bool, tmp_path: Path) -> None:
+    module = _module(tmp_path, RANDOM + "def row():\n    pass\n")
+    seed, (b, h, first_m, first_n) = torch.tensor(-(2**62) - 12345), (3, 5, 48, 2**31 - 64)
+    out = torch.empty(rows, columns, dtype=torch.int32)
+    module.tile[(1,)](out, seed, b, h, first_m, first_n, ROWS=rows, COLUMNS=columns, TRANSPOSED=transposed)
+    own = out.mT if transposed else out
+    m, n = (torch.arange(size) for size in own.shape)
+    expected = random_bits(seed, torch.tensor(b), torch.tensor(h), (first_m + m)[:, None], (first_n + n)[None, :])
+    assert torch.equal(own.long(), expected)
 
 
 def test_one_statement_a_node_with_the_users_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -57,6 +58,62 @@ def test_the_score_must_be_a_float() -> None:
     builder = Builder()
     with pytest.raises(InternalError, match="must be a float"):
         AttentionSpec(builder.program(builder.leaf("index", "m"))).verify()
+
+
+def weighted(make: Callable[[Value], Value], sink: Callable[[Builder], Value] | None = None) -> AttentionSpec:
+    """Plain attention with a weight, made from the probability, and a sink."""
+    builder = Builder()
+    weight = builder.program(make(builder.leaf("probability")))
+    made = None if sink is None else builder.program(sink(builder))
+    return AttentionSpec(builder.program(builder.leaf("score")), (Capture("x", Kind.FLOAT, 1),), weight=weight, sink=made)
+
+
+def load(value: Value, letter: str = "h") -> Value:
+    return value.builder.leaf("load", 0, Kind.FLOAT, (value.builder.leaf("index", letter),))
+
+
+def test_weights_and_sinks_travel_in_the_text_and_count() -> None:
+    spec = weighted(lambda p: p * 2.0, lambda builder: builder.const(0.0))
+    spec.verify()
+    assert from_text(spec.to_text()) == spec
+    assert dict(spec.describe()) == {"score": "s", "sink": "0", "weight": "p * 2"}
+    others = [weighted(lambda p: p * 2.0), weighted(lambda p: p * 3.0, lambda builder: builder.const(0.0))]
+    assert len({spec.key, *(other.key for other in others)}) == 3
+    assert plain_load_letters(weighted(lambda p: p * load(p, "m")), 0) == ("m",)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p * load(p), lambda p: load(p) * p / 3.0, lambda p: -(p + p * load(p)), lambda p: p,
+        lambda p: p.apply("where", load(p) < 0.5, p, 0.0), lambda p: p.apply("where", load(p) < 0.5, 0.0, p * 2.0) - p,
+        lambda p: p.apply("where", load(p) < 0.5, p * 3.0, p / load(p)),
+    ],
+)  # fmt: skip
+def test_weights_that_are_proportional(make: Callable[[Value], Value]) -> None:
+    weighted(make).verify()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p * p, lambda p: p + 1.0, lambda p: 1.0 / p, lambda p: p.apply("exp", p),
+        lambda p: p.apply("where", p < 0.5, p, 0.0),
+        lambda p: p.apply("where", load(p) < 0.5, p, 1.0), lambda p: load(p), lambda p: p.apply("maximum", p, load(p)),
+        lambda p: p * p.builder.leaf("score"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not(make: Callable[[Value], Value]) -> None:
+    with pytest.raises(InternalError):
+        weighted(make).verify()
+
+
+def test_a_sink_is_the_same_for_all_keys() -> None:
+    weighted(lambda p: p, lambda builder: load(builder.const(0), "m")).verify()
+    with pytest.raises(InternalError, match="sink"):
+        weighted(lambda p: p, lambda builder: load(builder.const(0), "n")).verify()
+    with pytest.raises(InternalError, match="sink"):
+        weighted(lambda p: p, lambda builder: builder.leaf("score")).verify()
 
 
 def test_what_follows_from_a_spec() -> None:
