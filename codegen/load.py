@@ -1,9 +1,14 @@
-"""Kernel modules on disk: written once by content hash, imported from there, so that the dump is the file that ran."""
+"""Kernel modules on disk: written once by content hash, imported from there, so that the dump is the file that ran.
+
+They lie in the cache folder or, while dumping, in the dump. A file of the same name in `$FLASHFUSE_OVERRIDE` is imported
+instead: an edited kernel.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -14,7 +19,10 @@ from flashfuse.codegen.emit import module_text
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
 
+log = logging.getLogger("flashfuse")
+
 _modules: dict[tuple[str, bool], ModuleType] = {}
+_placed: dict[str, tuple[Path, str]] = {}  # key of a spec -> the folder for its kernels, and a tail for their text
 
 
 def cache_folder() -> Path:
@@ -28,9 +36,65 @@ def kernel_module(spec: AttentionSpec, fast_tanh: bool = False) -> ModuleType:
     fast_tanh = fast_tanh and spec.score.uses("tanh")
     known = _modules.get((spec.key, fast_tanh))
     if known is None:
-        known = _import(write_module(module_text(spec, fast_tanh)))
+        known = _import(_edited(spec, fast_tanh) or write_kernel(spec, fast_tanh))
         _modules[(spec.key, fast_tanh)] = known
     return known
+
+
+def write_kernel(spec: AttentionSpec, fast_tanh: bool = False) -> Path:
+    """Write the module of a spec where it belongs (the dump, or the cache) and return the path."""
+    fast_tanh = fast_tanh and spec.score.uses("tanh")
+    text = module_text(spec, fast_tanh)
+    if spec.key not in _placed:
+        return write_module(text)
+    folder, tail = _placed[spec.key]
+    path = folder / _kernel_name(spec, fast_tanh)
+    if path.exists() and not _is_generated(path.read_text(encoding="utf-8")):
+        log.warning("%s was edited and is left alone; FLASHFUSE_OVERRIDE=%s uses it", path, folder)
+        return write_module(text)
+    _write_atomically(path, _sealed(text + tail))
+    return path
+
+
+def _kernel_name(spec: AttentionSpec, fast_tanh: bool) -> str:
+    """A kernel file's name in a dump: by what it computes, not by the user's lines in its comments."""
+    return f"attention_{spec.key}{'_fast_tanh' if fast_tanh else ''}.py"
+
+
+_SEAL = "\n# as generated: "
+
+
+def _sealed(text: str) -> str:
+    """The text with its own hash, so that an edit can be told from an older version."""
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def _is_generated(text: str) -> bool:
+    return text == _sealed(text.rsplit(_SEAL, 1)[0])
+
+
+def place_kernels(spec: AttentionSpec, folder: Path, tail: str) -> None:
+    """From now on write and import the kernels of a spec in `folder`, with `tail` after their text."""
+    if spec.key not in _placed:
+        _placed[spec.key] = (folder, tail)
+        for each in (False, True):
+            _modules.pop((spec.key, each), None)
+
+
+def use_file(spec: AttentionSpec, path: Path) -> None:
+    """Take this file for the kernels of a spec, whatever its text."""
+    module = _import(path)
+    for each in (False, True):
+        _modules[(spec.key, each)] = module
+
+
+def _edited(spec: AttentionSpec, fast_tanh: bool) -> Path | None:
+    """The file in $FLASHFUSE_OVERRIDE that stands for this module, if there is one."""
+    named = os.environ.get("FLASHFUSE_OVERRIDE")
+    found = sorted(Path(named).expanduser().rglob(_kernel_name(spec, fast_tanh))) if named else []
+    if found:
+        log.info("kernel from %s", found[0])
+    return found[0] if found else None
 
 
 def module_path(spec: AttentionSpec, fast_tanh: bool = False) -> Path:

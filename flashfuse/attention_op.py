@@ -212,16 +212,17 @@ def _check_needs(spec: AttentionSpec, needs: Sequence[bool]) -> None:
             raise FlashfuseError(f"capture {name} needs a gradient but is read at computed positions; detach it")
 
 
-def _attention(
+def attention(
     query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: str, layout: str
 ) -> tuple[Tensor, Tensor]:
+    """`flashfuse::attention`: out and row statistics, as `attention_forward` gives them, with gradients."""
     if not torch.is_grad_enabled():
         return torch.ops.flashfuse.attention_forward(query, key, value, captures, sizes, spec, layout)
     _check_needs(from_text(spec), [capture.requires_grad for capture in captures])
     return _Attention.apply(sizes, spec, layout, query, key, value, *captures)  # type: ignore[no-any-return]
 
 
-_library.impl("attention", _attention, "CompositeImplicitAutograd")
+_library.impl("attention", attention, "CompositeImplicitAutograd")
 
 
 # ------------------------------------------------------------------------------------------------ fence

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from flashfuse.patterns.user_names import capture_names
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal, Refused
 from flashfuse.rewrite import Rewriter
+from flashfuse.stages import Fused
 
 log = logging.getLogger("flashfuse")
 
@@ -43,6 +43,8 @@ def flashfuse(
     """
     chosen = parse(options, mode)
     result = fuse(module, chosen)
+    if chosen.dump is not None:
+        _dump(result, chosen)
     if chosen.strict:
         _insist(result.record)
     compiled = compile_inner(result.module, example_inputs, chosen)
@@ -50,24 +52,18 @@ def flashfuse(
     return compiled
 
 
+def _dump(result: Fused, options: Options) -> None:
+    from flashfuse import dump
+
+    try:
+        folder = dump.write(result, options)
+        log.info("dump in %s", folder)
+    except Exception as error:  # a dump never stands in the way of the model
+        log.info("the dump failed", exc_info=True)
+        warn(f"no dump of a graph in {options.dump} ({_in_words(error)})")
+
+
 # ------------------------------------------------------------------------------------------------ the pipeline
-
-
-@dataclass(frozen=True)
-class Fused:
-    """The graph to hand on (the same object if nothing changed), its record, and whether it writes its inputs.
-
-    For those who show the stages: the captured graph, its normal form (None if it could not be read), what was found in
-    it, and the same of its sub-graphs.
-    """
-
-    module: fx.GraphModule
-    record: GraphRecord
-    writes_inputs: bool
-    captured: fx.GraphModule
-    form: NormalForm | None = None
-    sites: tuple[Site, ...] = ()
-    inner: tuple[tuple[str, Fused], ...] = ()
 
 
 def fuse(module: fx.GraphModule, options: Options) -> Fused:

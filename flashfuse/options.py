@@ -23,17 +23,19 @@ class Options:
     strict: raise StrictError where an attention is left alone or flashfuse itself fails (also FLASHFUSE_STRICT=1).
     sdpa: what to do with F.scaled_dot_product_attention: "auto" takes only calls with a mask that can be computed from
         positions and vectors, "always" every call that is understood, "never" none.
+    dump: a folder to write every stage of every graph to (also FLASHFUSE_DUMP); None: no dump.
     inductor: all other options, passed on to Inductor, with torch.compile's `mode`.
     """
 
     inner: Inner = "inductor"
     strict: bool = False
     sdpa: str = "auto"
+    dump: str | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OWN = ("inner", "strict", "sdpa")
+_OWN = ("inner", "strict", "sdpa", "dump")
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -52,9 +54,12 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
         raise OptionError(
             f"option sdpa={sdpa!r} is none of {', '.join(SDPA_CHOICES)}" + did_you_mean(str(sdpa), SDPA_CHOICES)
         )
+    dump = own.get("dump", os.environ.get("FLASHFUSE_DUMP") or None)
+    if dump is not None and not isinstance(dump, (str, os.PathLike)):
+        raise OptionError(f"option dump={dump!r} must be the path of a folder")
     if given:
         _check_inductor_names(given)
-    return Options(inner, strict, sdpa, mode, given)
+    return Options(inner, strict, sdpa, None if dump is None else os.fspath(dump), mode, given)
 
 
 def _check_inductor_names(given: Mapping[str, Any]) -> None:

@@ -129,6 +129,7 @@ class _Reader(fx.Interpreter):
         self.leaves = [node for node in module.graph.nodes if self._is_leaf(node)]
         self._leaf_values: dict[fx.Node, Any] = {}
         self._counters: dict[int, int] = {}
+        self._handed_over: list[Any] = []  # what opaque nodes read: used, although the trace does not see by what
 
     def _is_leaf(self, node: fx.Node) -> bool:
         if node.op == "placeholder" or is_opaque(node):
@@ -148,7 +149,7 @@ class _Reader(fx.Interpreter):
     # ---------------------------------------------------------------------------------------------- tracing
 
     def trace(self, *arguments: Any) -> list[Any]:
-        """Run under make_fx; returns the outputs and the last value of every input that was written."""
+        """Run under make_fx; returns the outputs, the last value of every written input, and what opaque nodes read."""
         mode = FunctionalTensorMode(pre_dispatch=True, export=True)
         above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with above, mode:
@@ -156,13 +157,16 @@ class _Reader(fx.Interpreter):
             self._leaf_values = dict(zip(self.leaves, wrapped, strict=True))
             outputs = self.run(*[self._leaf_values[node] for node in self.leaves if node.op == "placeholder"])
             written = [self._leaf_values[node] for node in self.leaves if node in self.form.written_inputs]
-            return [_functional_value(leaf) for leaf in pytree.tree_leaves((outputs, written))]
+            results = [_functional_value(leaf) for leaf in pytree.tree_leaves((outputs, written))]
+            return [*results, *self._handed_over]
 
     def run_node(self, node: fx.Node) -> Any:
         self.time += 1
         before = self._note_arguments(node)
         self.time += 1
         self.form.times[node] = self.time
+        if is_opaque(node):
+            self._handed_over += [_functional_value(tensor) for leaves in before.values() for _path, tensor in leaves]
         mode = get_proxy_mode()
         graph_end = None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
         if node in self._leaf_values:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -300,13 +301,14 @@ def describe(node: fx.Node) -> str:
 
 def user_place(node: fx.Node) -> str:
     """`/home/me/file.py:41`: the user's code that made a node, or an empty string."""
-    trace = node.meta.get("stack_trace") or ""
-    places = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    places = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not places:
         return ""
-    parts = places[-1].split(", ")
-    name = parts[0].removeprefix('File "').rstrip('"').replace("\\", "/")
-    return f"{name}:{parts[1].removeprefix('line ')}"
+    file, line = places[-1]
+    return f"{file.replace(chr(92), '/')}:{line}"
+
+
+_FRAME = re.compile(r'^\s*File "(.+)", line (\d+)', re.MULTILINE)
 
 
 def user_line(node: fx.Node) -> str:

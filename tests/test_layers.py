@@ -20,9 +20,10 @@ LAYERS = (
     ("flashfuse.chunk_ranges", "flashfuse.chunks", "flashfuse.chunk_scores", "flashfuse.chunk_probabilities",
      "flashfuse.chunked_attention", "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen", "flashfuse.block_map"),
-    ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.dump"),
-    ("flashfuse.inductor_lowerings",),
-    ("flashfuse.backend", "flashfuse.report_text"),
+    ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.report_text",
+     "flashfuse.stages"),
+    ("flashfuse.inductor_lowerings", "flashfuse.graph_source", "flashfuse.reproduce", "flashfuse.dump"),
+    ("flashfuse.backend",),
     ("flashfuse.report",),
     ("flashfuse",),
 )

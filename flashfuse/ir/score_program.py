@@ -206,13 +206,21 @@ def _formula(program: ScoreProgram, result: int, captures: tuple[str, ...]) -> s
         infix = SCORE_OPS[statement.op].infix
         if infix is None:
             return f"{statement.op}({', '.join(operands)})"
-        bracketed = [
-            f"({word})" if " " in word and not word.endswith(("]", ")")) and infix != "{0}" else word
-            for word in operands
-        ]
-        return infix.format(*bracketed)
+        encloses = infix == "{0}" or (infix[0] not in "({" and infix[-1] in ")|")
+        return infix.format(*(word if encloses else bracketed(word) for word in operands))
 
     return text(result)
+
+
+def bracketed(formula: str) -> str:
+    """A formula as an operand: in brackets unless it is one word, one call or one element."""
+    depth, bars = 0, False
+    for letter in formula:
+        depth += (letter in "([") - (letter in ")]")
+        bars ^= letter == "|"
+        if letter == " " and depth == 0 and not bars:
+            return f"({formula})"
+    return formula
 
 
 def number_text(value: Attribute) -> str:

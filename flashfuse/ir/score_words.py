@@ -14,7 +14,7 @@ from functools import lru_cache
 from flashfuse.ir.derivative import index_letters
 from flashfuse.ir.ranges import Affine, not_negative
 from flashfuse.ir.score_ops import SCORE_OPS
-from flashfuse.ir.score_program import ScoreProgram, number_text
+from flashfuse.ir.score_program import ScoreProgram, bracketed, number_text
 
 _FLIPPED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 
@@ -94,7 +94,8 @@ def _step(program: ScoreProgram, number: int, names: tuple[str, ...]) -> tuple[s
     signs = {"add": "+", "mul": "*"} | ({"sub": "-", "div": "/"} if first else {})
     if statement.op in signs:
         label = _bias_label(program, others[0]) if statement.op in ("add", "sub") else ""
-        return f"{signs[statement.op]} {_bracketed(texts[0])}", label, inner[0]
+        operand = texts[0] if statement.op == "add" else bracketed(texts[0])
+        return f"{signs[statement.op]} {operand}", label, inner[0]
     if len(statement.operands) == 1:
         return statement.op, statement.op, inner[0]
     infix = SCORE_OPS[statement.op].infix or f"{statement.op}({', '.join(f'{{{i}}}' for i in range(len(statement.operands)))})"
@@ -118,10 +119,6 @@ def _reads_score(program: ScoreProgram) -> tuple[bool, ...]:
     for statement in program.statements:
         found.append(statement.op == "score" or any(found[operand] for operand in statement.operands))
     return tuple(found)
-
-
-def _bracketed(text: str) -> str:
-    return f"({text})" if " " in text and not text.endswith((")", "]")) else text
 
 
 # ------------------------------------------------------------------------------------------------ the predicate
@@ -158,10 +155,10 @@ def _condition(keep: ScoreProgram, number: int, wanted: bool, names: tuple[str, 
         if simple is not None:
             return simple
         sides = [keep.formula(operand, names) for operand in statement.operands]
-        text = SCORE_OPS[op].infix.format(*map(_bracketed, sides))  # type: ignore[union-attr]
+        text = SCORE_OPS[op].infix.format(*map(bracketed, sides))  # type: ignore[union-attr]
         return text, _label(keep, op, statement.operands, letters)
     text = keep.formula(number, names)
-    return text if wanted else f"not {_bracketed(text)}", "padding" if letters in ("n", "bn") else "mask"
+    return text if wanted else f"not {bracketed(text)}", "padding" if letters in ("n", "bn") else "mask"
 
 
 def _simple(form: Affine) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from flashfuse import backend
 
@@ -143,6 +144,16 @@ def test_graph_breaks():
         out = attention(q, k, v)
         torch._dynamo.graph_break()
         return attention(out, k, v)
+
+    q, k, v = qkv()
+    torch.testing.assert_close(compiled(function)(q, k, v), function(q, k, v), atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["flashfuse"]["fused"] == 2
+
+
+def test_an_attention_that_only_a_checkpoint_reads_is_found():
+    def function(q, k, v):
+        out = attention(q, k, v)
+        return checkpoint(lambda t: attention(t, k, v), out, use_reentrant=False)
 
     q, k, v = qkv()
     torch.testing.assert_close(compiled(function)(q, k, v), function(q, k, v), atol=1e-5, rtol=1e-4)

@@ -355,7 +355,7 @@ def padding_by_length(q, k, v, lengths):
 
 @spelling(
     inputs=lambda: (*qkv(), torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 9 + [2] * 12])),
-    keeps="c0[b, m] == c0[b, n] and (n <= m)",
+    keeps="(c0[b, m] == c0[b, n]) and (n <= m)",
 )
 def packed_documents(q, k, v, ids):
     i = torch.arange(S)
@@ -401,7 +401,7 @@ def ten_thousand_is_an_ordinary_number(q, k, v):
     return (q @ k.mT * 0.25 + torch.where(torch.arange(S) > 11, -10000.0, 0.0)).softmax(-1) @ v
 
 
-@spelling(keeps="not (n > m) and (n < 20)")
+@spelling(keeps="(not (n > m)) and (n < 20)")
 def two_masks(q, k, v):
     i = torch.arange(S)
     scores = (q @ k.mT * 0.25).masked_fill(i[None] > i[:, None], float("-inf"))
@@ -416,7 +416,7 @@ def sdpa_padding(q, k, v, keep):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :])
 
 
-@spelling(keeps="(|(m - n)|) < 6", rows="zero")
+@spelling(keeps="|m - n| < 6", rows="zero")
 def sdpa_band(q, k, v):
     i = torch.arange(S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] - i[None]).abs() < 6)
