@@ -1,7 +1,9 @@
 """Device choices: tiles, warps and pipeline stages, from one table.
 
-Rows are starts that compile without spills for the pointer kernels on the device named; the first candidate is the
-default and the others follow in the order in which to try them when shared memory does not suffice.
+The first candidate of a row is the default; the others follow in the order in which to try them where a kernel exceeds
+shared memory or spills many registers. Rows of sm_90 with 2 bytes an element were measured on an H100
+(`benchmarks/results/kernel_tiles.json`): small tiles on four warps win, with and without a mask, since several blocks
+then share a multiprocessor and hide each other's softmax. Other rows compile without spills.
 """
 
 from __future__ import annotations
@@ -40,19 +42,19 @@ _T = Tile
 # (architecture, bytes an element, padded head dim up to) -> forward, grad_query, grad_key_value
 _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     ("sm_90", 2, 64): (
-        (_T(128, 64, 4, 3), _T(128, 64, 8, 3), _T(64, 64, 4, 3)),
-        (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
-        (_T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 4, 2)),
+        (_T(64, 64, 4, 3), _T(128, 64, 8, 3)),
+        (_T(64, 64, 4, 3), _T(64, 64, 4, 2)),
+        (_T(32, 64, 4, 4), _T(32, 64, 4, 3), _T(64, 64, 8, 2), _T(64, 64, 4, 2)),
     ),
     ("sm_90", 2, 128): (
-        (_T(128, 64, 8, 3), _T(128, 64, 8, 2), _T(64, 64, 4, 2)),
-        (_T(128, 64, 8, 2), _T(64, 64, 4, 2)),
-        (_T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 8, 1)),
+        (_T(64, 64, 4, 3), _T(128, 64, 8, 3), _T(64, 64, 4, 2)),
+        (_T(64, 64, 4, 2), _T(128, 64, 8, 2)),
+        (_T(32, 64, 4, 3), _T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 8, 1)),
     ),
     ("sm_90", 2, 256): (
-        (_T(128, 32, 8, 2), _T(64, 32, 4, 2)),
+        (_T(64, 64, 4, 3), _T(128, 32, 8, 2), _T(64, 32, 4, 2)),
         (_T(128, 32, 8, 2), _T(64, 32, 8, 1)),
-        (_T(32, 64, 8, 2), _T(32, 64, 8, 1)),
+        (_T(32, 32, 4, 2), _T(32, 64, 8, 2), _T(32, 64, 8, 1)),
     ),
     ("sm_90", 4, 64): (
         (_T(128, 32, 8, 2), _T(64, 32, 4, 2)),
@@ -85,37 +87,21 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
     ("sm_80", 4, 256): ((_T(32, 16, 4, 1),), (_T(16, 16, 4, 1),), (_T(16, 16, 4, 1),)),
 }  # fmt: skip
 
-# With a mask, small tiles win: fewer masked elements are computed and more blocks share a multiprocessor (measured on an
-# H100, benchmarks/results/kernel_tiles.json).
-_MASKED: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    ("sm_90", 2, 64): ((_T(64, 64, 4, 3),), (_T(64, 64, 4, 3),), (_T(32, 64, 4, 3),)),
-    ("sm_90", 2, 128): ((_T(64, 64, 4, 3),), (_T(64, 64, 4, 2),), (_T(32, 64, 4, 3),)),
-}
-
-# Score programs that load elements or take tanh need registers: these go first for them.
-_HEAVY: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    ("sm_90", 2, 64): ((_T(128, 64, 8, 3),), (), ()),
-    ("sm_90", 2, 128): ((), (), (_T(64, 64, 8, 2),)),
-}
-
 _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
 _INTERPRETER = KernelPlan(*((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),)))
 
 
 @lru_cache(maxsize=256)
 def kernel_plan(
-    capability: tuple[int, int] | None, itemsize: int, head_dim: int, *, heavy: bool = False, masked: bool = False
+    capability: tuple[int, int] | None, itemsize: int, head_dim: int
 ) -> KernelPlan:
     """The plan for elements of `itemsize` bytes and the larger of the two (padded) head dims.
 
-    `capability` is the device's (major, minor); None is Triton's interpreter. `heavy`: the score program loads elements
-    or takes tanh. `masked`: it has a keep-predicate.
+    `capability` is the device's (major, minor); None is Triton's interpreter.
     """
     if capability is None:
         return _INTERPRETER
     bucket = next(size for size in (64, 128, 256) if head_dim <= size)
     identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
-    none: tuple[tuple[Tile, ...], ...] = ((), (), ())
-    first = _MASKED.get(identity, none) if masked else _HEAVY.get(identity, none) if heavy else none
-    forward, grad_query, grad_key_value = (a + b + _LAST for a, b in zip(first, _TABLE[identity], strict=True))
+    forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[identity])
     return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 8, 1), *_LAST))

@@ -32,7 +32,7 @@ def register_lowerings() -> bool:
 def _register_direct_call(operator: Any, function: str) -> None:
     """Let the compiled code call `flashfuse.attention_op`'s `function` instead of the operator that it implements."""
     try:
-        from torch._inductor.ir import FallbackKernel
+        from torch._inductor.ir import FallbackKernel, IRNode, TensorBox
         from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, fallbacks, register_lowering
         from torch._inductor.virtualized import V
         from torch.utils._pytree import tree_map
@@ -46,13 +46,17 @@ def _register_direct_call(operator: Any, function: str) -> None:
             self.python_kernel_name = name
             super().codegen(wrapper)
 
+    def boxed(x: Any) -> Any:
+        if hasattr(x, "wrap_for_lowering"):
+            return x.wrap_for_lowering()
+        return TensorBox.create(x) if isinstance(x, IRNode) else x
+
     through_dispatcher = fallback_handler(operator)
 
     def lower(*arguments: Any, **named: Any) -> Any:
         if V.graph.cpp_wrapper or not hasattr(V.graph, "fake_mode"):
             return through_dispatcher(*arguments, **named)
-        outputs = DirectCall.create(operator, *arguments, **named)
-        return tree_map(lambda x: x.wrap_for_lowering() if hasattr(x, "wrap_for_lowering") else x, outputs)
+        return tree_map(boxed, DirectCall.create(operator, *arguments, **named))
 
     add_needs_realized_inputs(operator)
     fallbacks.add(operator)

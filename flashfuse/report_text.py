@@ -170,8 +170,7 @@ def _forward_tile(site: SiteRecord):  # type: ignore[no-untyped-def]
 
     itemsize = torch.empty(0, dtype=getattr(torch, site.dtype)).element_size()
     width = max(16, int(dims["D"]), int(dims["E"]))
-    masked = site.spec.split.keep is not None
-    return kernel_plan(torch.cuda.get_device_capability(), itemsize, width, heavy=site.spec.heavy, masked=masked).forward[0]
+    return kernel_plan(torch.cuda.get_device_capability(), itemsize, width).forward[0]
 
 
 def shape_text(site: SiteRecord) -> str:

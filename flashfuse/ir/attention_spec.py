@@ -123,11 +123,6 @@ class AttentionSpec:
         """How many values a row the forward keeps for the backward: logsumexp, and a shift if rows can lie very low."""
         return 2 if self.empty_rows is EmptyRows.EXACT else 1
 
-    @property
-    def heavy(self) -> bool:
-        """Whether kernels need more registers than plain attention: they load elements or take tanh."""
-        return any(program.loads() or program.uses("tanh") for program in self.programs.values())
-
     def derivative(self, captures: tuple[int, ...] = (), *, kept: bool = False) -> Derivative:
         """Derivative of the whole score program, or of the mask-free one."""
         return differentiate(self.split.kept if kept else self.score, captures)

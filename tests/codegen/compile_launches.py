@@ -49,8 +49,8 @@ def main() -> None:
     compiled: list[str] = []
     jit.JITFunction.run = compile_instead(target, compiled)
 
-    def plan(capability: object, itemsize: int, head_dim: int, **facts: bool) -> KernelPlan:
-        return kernel_plan(divmod(target.arch, 10), itemsize, head_dim, **facts)
+    def plan(capability: object, itemsize: int, head_dim: int) -> KernelPlan:
+        return kernel_plan(divmod(target.arch, 10), itemsize, head_dim)
 
     launch.kernel_plan = plan  # type: ignore[assignment]
     launch.interpreting = lambda: False

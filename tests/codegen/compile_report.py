@@ -76,9 +76,7 @@ def named_spec(name: str) -> AttentionSpec:
 def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, even: bool) -> dict[str, object]:
     """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least."""
     itemsize = 4 if dtype == "fp32" else 2
-    plan = kernel_plan(
-        divmod(target, 10), itemsize, head_dim, heavy=spec.heavy, masked=spec.split.keep is not None
-    )
+    plan = kernel_plan(divmod(target, 10), itemsize, head_dim)
     reports: list[dict[str, object]] = []
     for tile in getattr(plan, kernel.removesuffix("_low")):
         reports.append(compile_kernel(spec, kernel, target, dtype, head_dim, tile, even))

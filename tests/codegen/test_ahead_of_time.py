@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_report.py"
-MAX_SPILL = 192  # bytes a thread: what the launcher accepts, see `plan._MASKED`
+MAX_SPILL = 192  # bytes a thread: what the launcher accepts, `launch._MAX_SPILLS`
 
 
 @pytest.mark.parametrize(
