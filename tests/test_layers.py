@@ -25,6 +25,7 @@ LAYERS = (
     ("flashfuse.inductor_lowerings", "flashfuse.graph_source", "flashfuse.reproduce", "flashfuse.dump"),
     ("flashfuse.backend",),
     ("flashfuse.report",),
+    ("flashfuse.doctor", "flashfuse.command_line", "flashfuse.__main__"),
     ("flashfuse",),
 )
 SIBLINGS = ({"flashfuse.patterns", "flashfuse.codegen"},)

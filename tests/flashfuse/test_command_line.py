@@ -1,0 +1,120 @@
+"""`python -m flashfuse`: output for people and for programs, exit codes, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashfuse.command_line import CANNOT, LEFT_ALONE, OK, main
+from flashfuse.refusal import CATALOGUE
+
+rich = pytest.importorskip("rich", reason="needs rich: pip install 'flashfuse[cli]'")
+
+MODELS = """
+import torch
+
+def attention(q, k, v, scale=0.25):
+    return (q @ k.mT * scale).softmax(-1) @ v
+
+def returned(q):
+    p = (q @ q.mT).softmax(-1)
+    return p @ q, p
+
+def good():
+    return attention, tuple(torch.randn(2, 3, 8, 16) for _ in range(3)), {"scale": 0.5}
+
+def bad():
+    return returned, torch.randn(2, 3, 8, 16)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> str:
+    torch._dynamo.reset()
+    (tmp_path / "my_models.py").write_text(MODELS)
+    return str(tmp_path / "my_models.py")
+
+
+def test_explain(models: str, capsys: pytest.CaptureFixture):
+    assert main(["explain", f"{models}:good"]) == OK
+    text = capsys.readouterr().out
+    assert "FUSED       my_models.py:5" in text
+    assert "s * 0.5" in text
+    assert main(["explain", f"{models}:bad", "--json"]) == LEFT_ALONE
+    assert json.loads(capsys.readouterr().out)["sites"][0]["code"] == "FF301"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "module:factory"),
+        ("no.such.module:f", "cannot import no.such.module"),
+        ("/no/such.py:f", "there is no file"),
+        ("{models}:goodd", "did you mean 'good'"),
+        ("{models}:number", "must return model, arguments"),
+    ],
+)
+def test_a_target_that_cannot_be_had(target: str, message: str, models: str, capsys: pytest.CaptureFixture):
+    assert main(["explain", target.format(models=models)]) == CANNOT
+    assert message in capsys.readouterr().err
+
+
+def test_why(capsys: pytest.CaptureFixture):
+    assert main(["why", "ff203"]) == OK
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("FF203", CATALOGUE["FF203"].title, CATALOGUE["FF203"].hint))
+    assert main(["why", "--json"]) == OK
+    assert [row["code"] for row in json.loads(capsys.readouterr().out)] == list(CATALOGUE)
+    assert main(["why"]) == OK
+    assert "FF501" in capsys.readouterr().out
+    assert main(["why", "FF2O3"]) == CANNOT
+    assert "did you mean 'FF203'" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture):
+    code = main(["doctor", "--json"])
+    findings = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert findings["trial"]["state"] == findings["backend"]["state"] == findings["torch"]["state"] == "ok"
+    assert code == (LEFT_ALONE if any(row["state"] == "bad" for row in findings.values()) else OK)
+    assert all(row["fix"] for row in findings.values() if row["state"] != "ok")
+    main(["doctor"])
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    from flashfuse import doctor
+
+    def _broken():
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(doctor, "_gpu", _broken)
+    assert [(each.state, each.found) for each in doctor.examine() if each.name == "broken"] == [("bad", "RuntimeError: planted")]
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path / "kernels"))
+    assert main(["cache", "size"]) == OK
+    assert "0 kernels" in capsys.readouterr().out
+    (tmp_path / "kernels").mkdir()
+    other = tmp_path / "kernels" / "mine.txt"
+    other.write_text("")
+    (tmp_path / "kernels" / "attention_1.py").write_text('"""flashfuse attention 1\n\n    score  s * 0.125\n"""\n')
+    assert main(["cache"]) == OK
+    assert "s * 0.125" in capsys.readouterr().out
+    assert main(["cache", "clear", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["bytes"] > 0
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["mine.txt"]
+
+
+def test_without_rich_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["why"]) == CANNOT
+    assert 'pip install "flashfuse[cli]"' in capsys.readouterr().err
+    assert main(["why", "--json"]) == OK
