@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def test_doctor(capsys: pytest.CaptureFixture):
     assert all(row["fix"] for row in findings.values() if row["state"] != "ok")
     main(["doctor"])
     assert "largest difference" in capsys.readouterr().out
+
+
+def test_doctor_in_a_fresh_process():
+    """Nothing has been imported yet that the backend might forget to import."""
+    done = subprocess.run([sys.executable, "-m", "flashfuse", "doctor", "--json"], capture_output=True, text=True, check=False)
+    states = {row["name"]: row["state"] for row in json.loads(done.stdout)}
+    assert states["trial"] == "ok", done.stdout + done.stderr
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
