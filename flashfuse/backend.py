@@ -146,12 +146,12 @@ def _is_safe(found: Refusal) -> bool:
 
 def _requires_grad(form: NormalForm, node: fx.Node) -> bool:
     """Whether a value of the normal form needs a gradient, by the captured values that it comes from."""
-    if not torch.is_grad_enabled():
+    if not form.gradients:
         return False
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
-        if current in seen:
+        if current in seen or current in form.without_grad:
             continue
         seen.add(current)
         origins = form.origins.get(current, [])

@@ -159,17 +159,18 @@ class GraphCalls:
     def attention(self, match: Match) -> fx.Node:
         """The op on the match's inputs, and the views to the output's own layout."""
         tensors = [self.operand(side) for side in (match.query, match.key, match.value)]
-        captures = [self._capture(side.node) for side in match.captures]
+        captures = [self._capture(side) for side in match.captures]
         sizes = [self.integer(size) for size in match.sizes]
         function = torch.ops.flashfuse.attention.default
         both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout)
         result = self.call(operator.getitem, both, 0)
         return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
 
-    def _capture(self, node: fx.Node) -> fx.Node:
-        if is_tensor(node):
-            return self.value(node)
-        return self.call(torch.scalar_tensor, self.scalar(node), dtype=torch.float32)
+    def _capture(self, side: Input) -> fx.Node:
+        if not is_tensor(side.node):
+            return self.call(torch.scalar_tensor, self.scalar(side.node), dtype=torch.float32)
+        node = self.value(side.node)
+        return node if side.view is None else self.view(node, side.view, copy=True, shape=tuple(value_of(side.node).shape))
 
     def operand(self, side: Input) -> fx.Node:
         """Query, key or value in canonical form."""

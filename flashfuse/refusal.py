@@ -64,6 +64,8 @@ _ROWS = (
          "Detach it, or index it plainly by batch, head, query and key."),
     Code("FF406", "dropout in training", "Dropout on the probabilities with p > 0 in training.",
          "attention_dropout=0.0, or model.eval()."),
+    Code("FF408", "gradient stopped", "Between query @ key^T and the output a value is detached or computed under no_grad, so "
+         "that the whole attention has another gradient than its formula.", "Detach query, key or value instead."),
     # 5xx: flashfuse's own fault
     Code("FF501", "failure of flashfuse", "flashfuse itself failed at this attention.",
          "Please report it; the attention was compiled as without flashfuse."),

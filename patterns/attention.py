@@ -17,6 +17,7 @@ from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.frame import Frame, read_frame, reads_only_metadata
+from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
@@ -58,22 +59,22 @@ class Match:
     dims: dict[str, Any] = field(default_factory=dict)
 
 
-def read_softmax(anchor: fx.Node, requires_grad: Any) -> Match:
-    """The attention around a softmax. `requires_grad(node)` tells whether a captured tensor needs a gradient.
+def read_softmax(anchor: fx.Node, flow: GradientFlow) -> Match:
+    """The attention around a softmax.
 
     Raises Refused, or LayoutError where a view on the way has no named-axes meaning.
     """
-    frame = read_frame(anchor)
+    frame = read_frame(anchor, flow)
     for _attempt in range(4):
         roles, views, copies = solve_roles(frame)
-        lifter, score = _lift(frame, roles)
+        lifter, score = _lift(frame, roles, flow)
         again, _views, _copies = solve_roles(frame)
         if _same_axes(roles, again):
             break
-    check_region(frame)
+    check_region(frame, flow)
     check_layouts(frame, roles)
     spec = make_spec(lifter, score, frame, roles)
-    check_gradients(spec, lifter, requires_grad)
+    check_gradients(spec, lifter, flow)
     match = assemble(frame, roles, views, copies, lifter, spec)
     try:
         check_capabilities(match, frame, lifter)
@@ -94,9 +95,9 @@ def _same_axes(a: Roles, b: Roles) -> bool:
     return all(refined(getattr(a, name)) == refined(getattr(b, name)) == getattr(a, name) for name in names)
 
 
-def _lift(frame: Frame, roles: Roles) -> tuple[Lifter, Value]:
+def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value]:
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
-    lifter = Lifter(positions, frame.product, frame.carriers)
+    lifter = Lifter(positions, frame.product, frame.carriers, flow)
     call = frame.operands
 
     def product_value(index: Index) -> Value:
@@ -121,9 +122,12 @@ def _lift(frame: Frame, roles: Roles) -> tuple[Lifter, Value]:
     return lifter, value
 
 
-def check_region(frame: Frame) -> None:
-    """Refuse (FF301, FF302) if a value inside the region is used outside."""
+def check_region(frame: Frame, flow: GradientFlow) -> None:
+    """Refuse a region with a value that is used outside (FF301, FF302) or that stops the gradient (FF408)."""
     inside = {frame.product, *frame.carriers, frame.anchor, *frame.path}
+    for node in (frame.output, *inside):
+        if flow.stops_at(node):
+            raise Refused("FF408", node, f"the gradient stops at {describe(node)}")
     for node in inside:
         for user in node.users:
             if user in inside or user is frame.output or reads_only_metadata(user, node):
@@ -136,10 +140,7 @@ def make_spec(lifter: Lifter, score: Value, frame: Frame, roles: Roles) -> Atten
     """The spec with its captures and what its empty rows give. Refuses (FF404) a scale over queries and keys."""
     _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
-    captures = tuple(
-        Capture(_name(node, place), lifter.kind(node), len(shape(node)) if is_tensor(node) else 0)
-        for place, node in enumerate(lifter.captures)
-    )
+    captures = declared(lifter)
     spec = AttentionSpec(program, captures, EmptyRows.EXACT)
     square = axes.same_size(
         axes.product([axis.size for axis in refined(roles.queries)]),
@@ -179,16 +180,17 @@ def _has_score(program: Any, number: int) -> bool:
     return statement.op == "score" or any(_has_score(program, operand) for operand in statement.operands)
 
 
-def _name(node: fx.Node, place: int) -> str:
-    del node
-    return f"c{place}"
+def declared(lifter: Lifter) -> tuple[Capture, ...]:
+    """The declarations of the captured tensors."""
+    return tuple(Capture(f"c{place}", lifter.kind(each.node), each.rank) for place, each in enumerate(lifter.captures))
 
 
-def check_gradients(spec: AttentionSpec, lifter: Lifter, requires_grad: Any) -> None:
+def check_gradients(spec: AttentionSpec, lifter: Lifter, flow: GradientFlow) -> None:
     """Refuse (FF405) a capture that needs a gradient and is not read plainly."""
-    for place, node in enumerate(lifter.captures):
-        if spec.captures[place].kind is Kind.FLOAT and requires_grad(node) and plain_load_letters(spec, place) is None:
-            raise Refused("FF405", node, "needs a gradient and is read at computed positions")
+    for place, each in enumerate(lifter.captures):
+        needed = spec.captures[place].kind is Kind.FLOAT and flow.needed(each.node)
+        if needed and plain_load_letters(spec, place) is None:
+            raise Refused("FF405", each.node, "needs a gradient and is read at computed positions")
 
 
 def assemble(
@@ -208,7 +210,7 @@ def assemble(
     layout, out_view = out_layout(frame, roles, value_dim)
     return Match(
         frame.anchor, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
-        tuple(Input(node) for node in lifter.captures), tuple(lifter.sizes), out_view, layout,
+        tuple(Input(each.node, each.view) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
         dims=_dims(views["query"], views["key"], views["value"]),
     )  # fmt: skip
 

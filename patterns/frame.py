@@ -15,6 +15,7 @@ from torch import fx
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
+from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
 from flashfuse.patterns.spellings import ROWS
@@ -105,7 +106,7 @@ def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
 # ------------------------------------------------------------------------------------------------ up to the scores
 
 
-def read_frame(anchor: fx.Node) -> Frame:
+def read_frame(anchor: fx.Node, flow: GradientFlow) -> Frame:
     """Follow the axes from the output up to the operands of both products."""
     output, path = find_output(anchor)
     out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(output)))
@@ -135,9 +136,9 @@ def read_frame(anchor: fx.Node) -> Frame:
         anchor, output, path, product, carriers, out_index,
         rows=tuple(dim for place, dim in enumerate(score_index) if place != softmax_dim),
         keys=second.summed,
-        query=tuple(peel(*query, linear=True)),
-        key=tuple(peel(*key, linear=True)),
-        value=tuple(peel(*value, linear=False)),
+        query=tuple(peel(*query, flow, linear=True)),
+        key=tuple(peel(*key, flow, linear=True)),
+        value=tuple(peel(*value, flow, linear=False)),
         score_index=score_index, operands=first, query_first=query_first,
         score_dtype=value_of(product).dtype,
     )  # fmt: skip

@@ -49,6 +49,8 @@ class NormalForm:
     times: dict[fx.Node, int] = field(default_factory=dict)  # captured node -> time of its result
     writes: list[tuple[int, int]] = field(default_factory=list)  # (time, storage)
     written_inputs: set[fx.Node] = field(default_factory=set)  # captured placeholders written in place
+    without_grad: set[fx.Node] = field(default_factory=set)  # nodes made while grad mode was off
+    gradients: bool = True  # whether grad mode is on anywhere
 
     def origin(self, node: fx.Node, at: int) -> Origin | None:
         """A captured value that equals `node` and still does at time `at`; None if there is none."""
@@ -88,11 +90,23 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for leaf, placeholder in zip(reader.leaves, placeholders, strict=False):
         placeholder.meta.setdefault("val", reader.example(leaf))
+    _note_grad_mode(form)
     traced.graph.eliminate_dead_code()
     _apply_autocast(form, reader.fake_mode)
     alive = set(traced.graph.nodes)
     form.origins = {node: origins for node, origins in form.origins.items() if node in alive}
     return form
+
+
+def _note_grad_mode(form: NormalForm) -> None:
+    """Which nodes ran under `no_grad`. (The captured value of a view made there does not tell.)"""
+    form.gradients = enabled = torch.is_grad_enabled()
+    for node in form.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            form.gradients |= enabled
+        elif not enabled and node.op == "call_function":
+            form.without_grad.add(node)
 
 
 def _apply_autocast(form: NormalForm, fake_mode: FakeTensorMode) -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, LayoutError, Size, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
+from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.spellings import ROWS
 from flashfuse.refusal import Refused
 
@@ -42,14 +43,15 @@ class Stage:
         return tuple(axis for dim in self.index for axis in refined(dim))  # type: ignore[arg-type]
 
 
-def peel(node: fx.Node, index: Index, *, linear: bool) -> list[Stage]:
+def peel(node: fx.Node, index: Index, flow: GradientFlow, *, linear: bool) -> list[Stage]:
     """The stages from the product's operand upwards. Scales and casts are passed only if `linear`.
 
-    Passing a widening cast is exact: the product of the narrow values is what the wide product computes.
+    Passing a widening cast is exact: the product of the narrow values is what the wide product computes. Nothing is passed
+    that stops a gradient.
     """
     stages = [Stage(node, index)]
     while True:
-        following = _next(stages[-1], linear)
+        following = None if flow.stops_at(stages[-1].node) else _next(stages[-1], linear)
         if following is None:
             return stages
         stages.append(following)

@@ -22,7 +22,9 @@ from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import LEAVES, ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Dim, Index, refined
-from flashfuse.patterns.calls import Call, bind, shape, value_of
+from flashfuse.patterns.calls import Call, bind, is_tensor, shape, value_of
+from flashfuse.patterns.gradient_flow import GradientFlow
+from flashfuse.patterns.operands import View, canonical_view
 from flashfuse.patterns.spellings import CREATIONS, ROWS
 from flashfuse.refusal import Refused
 
@@ -39,6 +41,53 @@ class Positions:
             return {"m", "n"}
         return {letter for letter, axes_ in self.groups.items() for axis in refined(dim) if axis in refined(axes_)}
 
+    def runs(self, dim: tuple[Axis, ...]) -> list[tuple[str, int, tuple[Axis, ...]]]:
+        """A dimension as runs of neighbouring axes of one letter: (letter, place of the first, axes); "" for none."""
+        found: list[tuple[str, int, tuple[Axis, ...]]] = []
+        for axis in dim:
+            letter, place = self._place(axis)
+            if found and letter and found[-1][0] == letter and found[-1][1] + len(found[-1][2]) == place:
+                found[-1] = (letter, found[-1][1], (*found[-1][2], axis))
+            else:
+                found.append((letter, place, (axis,)))
+        return found
+
+    def _place(self, axis: Axis) -> tuple[str, int]:
+        for letter, group in self.groups.items():
+            whole = refined(group)
+            if axis in whole:
+                return letter, whole.index(axis)
+        return "", 0
+
+    def are_plain(self, index: Index) -> bool:
+        """Whether each dimension is one whole canonical index, or position 0."""
+        wholes = {refined(group) for group in self.groups.values()}
+        plain = ("index", "const")
+        return all(d.statement.op in plain if isinstance(d, Value) else refined(d) in {(), *wholes} for d in index)
+
+    def canonical(self, index: Index) -> tuple[View, Index]:
+        """The view of a tensor as [B, H, M, N], with size 1 for what it does not depend on, and its index.
+
+        Raises LayoutError for computed positions.
+        """
+        if any(isinstance(dim, Value) for dim in index):
+            raise axes.LayoutError("a tensor that needs a gradient is read at computed positions")
+        own = {axis for dim in index for axis in refined(dim)}  # type: ignore[arg-type]
+        groups = [refined(group) if own & set(refined(group)) else () for group in self.groups.values()]
+        return canonical_view(index, groups), tuple(groups)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A tensor that the program reads: a node, or its form with the canonical dimensions (`view`, which may copy)."""
+
+    node: fx.Node
+    view: View | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.view.merge) if self.view is not None else len(shape(self.node)) if is_tensor(self.node) else 0
+
 
 @dataclass
 class Lifter:
@@ -47,9 +96,10 @@ class Lifter:
     positions: Positions
     product: fx.Node
     carriers: frozenset[fx.Node]
+    flow: GradientFlow
     score: Any = None  # gives the value of the product's element; set by the caller
     builder: Builder = field(default_factory=Builder)
-    captures: list[fx.Node] = field(default_factory=list)
+    captures: list[Captured] = field(default_factory=list)
     sizes: list[torch.SymInt] = field(default_factory=list)
     dropout: fx.Node | None = None
     _known: dict[tuple[fx.Node, Any], Value] = field(default_factory=dict)
@@ -74,7 +124,8 @@ class Lifter:
         marks = len(self.captures), len(self.sizes)
         try:
             lifted = self._by_row(node, index)
-            if self._spans_both(node, index) or _is_mask(lifted) or _is_plain_load(lifted):
+            worth = self._spans_both(node, index) or _is_mask(lifted) or _is_plain_load(lifted)
+            if worth and not self._loses_gradient(node, lifted):
                 return lifted
         except (Refused, axes.LayoutError):
             log.debug("%s is captured: it cannot be lifted", node)
@@ -96,6 +147,16 @@ class Lifter:
                 return True
             stack.extend(statement.operands)
         return False
+
+    def _loses_gradient(self, node: fx.Node, lifted: Value) -> bool:
+        """Whether a side value's gradient would be another one if the tensors below it were captured instead of it."""
+        if lifted.kind is not Kind.FLOAT:
+            return False
+        loads = [s for s in self.builder.closure(lifted) if s.op == "load" and s.kind is Kind.FLOAT]
+        needed = [s for s in loads if self.flow.needed(self.captures[int(s.attribute)].node)]  # type: ignore[arg-type]
+        if not needed or not self.flow.needed(node):
+            return bool(needed)
+        return any(self.builder.statements[o].op not in ("index", "const") for s in needed for o in s.operands)
 
     def _by_row(self, node: fx.Node, index: Index) -> Value:
         row = ROWS.get(node.target)
@@ -130,11 +191,18 @@ class Lifter:
         val = value_of(node)
         if not isinstance(val, torch.Tensor) or val.is_complex():
             raise Refused("FF401", node, f"{describe(node)} is no real tensor")
-        node, index = _behind_views(node, index)
-        if node not in self.captures:
-            self.captures.append(node)
+        stages = _behind_views(node, index, self.flow)
+        plain = [stage for stage in stages if self.positions.are_plain(stage[1])]
+        node, index = (plain or stages)[-1]
+        view = None
+        if not plain and self.flow.needed(node):
+            node, index = stages[0]
+            view, index = self.positions.canonical(index)
+        captured = Captured(node, view)
+        if captured not in self.captures:
+            self.captures.append(captured)
         operands = [self.position(dim) for dim in index]
-        return self.builder.leaf("load", self.captures.index(node), self.kind(node), operands)
+        return self.builder.leaf("load", self.captures.index(captured), self.kind(node), operands)
 
     # ------------------------------------------------------------------------------------------ for rows
 
@@ -152,9 +220,10 @@ class Lifter:
         raise Refused("FF402", x, f"operand {number!r} of type {type(number).__name__}")
 
     def _capture_scalar(self, node: fx.Node) -> Value:
-        if node not in self.captures:
-            self.captures.append(node)
-        return self.builder.leaf("load", self.captures.index(node), Kind.FLOAT)
+        captured = Captured(node)
+        if captured not in self.captures:
+            self.captures.append(captured)
+        return self.builder.leaf("load", self.captures.index(captured), Kind.FLOAT)
 
     def kind(self, node: fx.Node) -> Kind:
         """The kind of a node's elements."""
@@ -213,25 +282,22 @@ class Lifter:
         if isinstance(dim, Value):
             return dim
         total: Value | None = None
-        for axis in refined(dim):
-            own = self._axis_position(axis)
-            total = own if total is None else total * self.size(axis.size) + own
+        for letter, start, run in self.positions.runs(refined(dim)):
+            own = self._run_position(letter, start, run)
+            total = own if total is None else total * self.size(axes.product([axis.size for axis in run])) + own
         return self.builder.const(0) if total is None else total
 
-    def _axis_position(self, axis: Axis) -> Value:
-        for letter, group in self.positions.groups.items():
-            whole = refined(group)
-            if axis not in whole:
-                continue
-            place = whole.index(axis)
-            value = self.builder.leaf("index", letter)
-            below = axes.product([other.size for other in whole[place + 1 :]])
-            if not axes.is_one(below):
-                value = self.builder.op("floordiv", value, self.size(below))
-            if place > 0:
-                value = self.builder.op("mod", value, self.size(axis.size))
-            return value
-        raise Refused("FF204", self.product, f"an axis of size {axis.size} that is no axis of the scores")
+    def _run_position(self, letter: str, start: int, run: tuple[Axis, ...]) -> Value:
+        """The position in a run of neighbouring axes of one canonical index."""
+        if not letter:
+            raise Refused("FF204", self.product, f"an axis of size {run[0].size} that is no axis of the scores")
+        value = self.builder.leaf("index", letter)
+        below = axes.product([axis.size for axis in refined(self.positions.groups[letter])[start + len(run) :]])
+        if not axes.is_one(below):
+            value = self.builder.op("floordiv", value, self.size(below))
+        if start > 0:
+            value = self.builder.op("mod", value, self.size(axes.product([axis.size for axis in run])))
+        return value
 
     def computed(self, index: Index) -> Index:
         """The index with every axis turned into its computed position."""
@@ -255,18 +321,20 @@ class Lifter:
 log = logging.getLogger("flashfuse")
 
 
-def _behind_views(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
-    """The tensor that a view shows, with its own index, so that two views of one tensor are one capture."""
+def _behind_views(node: fx.Node, index: Index, flow: GradientFlow) -> list[tuple[fx.Node, Index]]:
+    """A tensor and those that it is a view of, each with its own index. Nothing is passed that stops a gradient."""
+    stages = [(node, index)]
     while True:
         row = ROWS.get(node.target)
-        if row is None or row.index is None or any(isinstance(dim, Value) for dim in index):
-            return node, index
+        if row is None or row.index is None or any(isinstance(dim, Value) for dim in index) or flow.stops_at(node):
+            return stages
         try:
             call = bind(node, row.reads)
             inner = row.index(None, call, index)
         except (Refused, axes.LayoutError):
-            return node, index
+            return stages
         node, index = call["self"], inner
+        stages.append((node, index))
 
 
 def _is_mask(value: Value) -> bool:

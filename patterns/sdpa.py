@@ -12,14 +12,15 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.derivative import index_letters
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes, contraction
-from flashfuse.patterns.attention import Match, assemble, check_capabilities, check_gradients
-from flashfuse.patterns.calls import Call, bind, is_tensor, shape, value_of
+from flashfuse.patterns.attention import Match, assemble, check_capabilities, check_gradients, declared
+from flashfuse.patterns.calls import Call, bind, shape, value_of
 from flashfuse.patterns.frame import Frame
+from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import peel
 from flashfuse.patterns.roles import Roles, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, folded
@@ -29,21 +30,21 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _READS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def read_sdpa(anchor: fx.Node, requires_grad: Any, *, always: bool) -> Match:
+def read_sdpa(anchor: fx.Node, flow: GradientFlow, *, always: bool) -> Match:
     """The attention that a call of SDPA is. Refuses FF102 where PyTorch's own kernel should run, unless `always`."""
     call = bind(anchor, _READS)
     if call["attn_mask"] is None and not always:
         raise Refused("FF102", anchor, "no attn_mask")
-    frame = _frame(call)
+    frame = _frame(call, flow)
     roles, views, copies = solve_roles(frame)
-    lifter, spec = _spec(call, frame, roles)
+    lifter, spec = _spec(call, frame, roles, flow)
     reads_scores = any({"m", "n"} <= _letters(spec, place) for place in range(len(spec.captures)))
     if reads_scores and not always:
         raise Refused("FF102", anchor, "attn_mask is a tensor over queries and keys")
     if any(capture.kind is Kind.FLOAT for capture in spec.captures):
         # rows that are -inf throughout give zero here, which no row semantics of ours expresses for data
         raise Refused("FF102", anchor, "attn_mask holds floats, which may be -inf for a whole row")
-    check_gradients(spec, lifter, requires_grad)
+    check_gradients(spec, lifter, flow)
     match = assemble(frame, roles, views, copies, lifter, spec)
     match.layout = _layout(anchor)
     check_capabilities(match, frame, lifter)
@@ -64,7 +65,7 @@ def _layout(anchor: fx.Node) -> str:
     return "".join("bhm"[dim] for dim in order) + "e"
 
 
-def _frame(call: Call) -> Frame:
+def _frame(call: Call, flow: GradientFlow) -> Frame:
     anchor = call.node
     query, key, value = call["query"], call["key"], call["value"]
     out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(anchor)))
@@ -75,9 +76,9 @@ def _frame(call: Call) -> Frame:
     key_index, value_index = (*kv_batch[0], n, d), (*kv_batch[1], n, e)
     return Frame(
         anchor, anchor, (), anchor, frozenset(), out_index, rows=(*batch, m), keys=n,
-        query=tuple(peel(query, query_index, linear=True)),
-        key=tuple(peel(key, key_index, linear=True)),
-        value=tuple(peel(value, value_index, linear=False)),
+        query=tuple(peel(query, query_index, flow, linear=True)),
+        key=tuple(peel(key, key_index, flow, linear=True)),
+        value=tuple(peel(value, value_index, flow, linear=False)),
         score_index=(*batch, m, n),
         operands=contraction.Operands(query, key, query_index, key_index, d),
         query_first=True, score_dtype=value_of(anchor).dtype,
@@ -92,9 +93,9 @@ def _kv_batch(call: Call, batch: axes.Index, sizes: tuple[Any, ...]) -> axes.Ind
     return (*axes.broadcast(batch[:-1], sizes[:-1]), major)
 
 
-def _spec(call: Call, frame: Frame, roles: Roles) -> tuple[Lifter, AttentionSpec]:
+def _spec(call: Call, frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, AttentionSpec]:
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
-    lifter = Lifter(positions, call.node, frozenset())
+    lifter = Lifter(positions, call.node, frozenset(), flow)
     builder = lifter.builder
     score = builder.leaf("score")
     for name, factor in (*roles.query.scales, *roles.key.scales):
@@ -109,10 +110,7 @@ def _spec(call: Call, frame: Frame, roles: Roles) -> tuple[Lifter, AttentionSpec
         score = builder.op("where", value, score, float("-inf")) if value.kind is Kind.BOOL else score + value
     if call["dropout_p"] != 0.0:
         lifter.dropout = call.node
-    captures = tuple(
-        Capture(f"c{place}", lifter.kind(node), len(shape(node)) if is_tensor(node) else 0)
-        for place, node in enumerate(lifter.captures)
-    )
+    captures = declared(lifter)
     program = folded(builder.program(score))
     spec = AttentionSpec(program, captures, EmptyRows.ZERO)
     finite = spec.split.keep is None or spec.split.fill == float("-inf")

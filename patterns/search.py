@@ -13,6 +13,7 @@ from flashfuse.patterns.axes import LayoutError
 from flashfuse.patterns.calls import is_tensor
 from flashfuse.patterns.contraction import is_product
 from flashfuse.patterns.frame import SOFTMAX
+from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.score_cone import describe, user_line
 from flashfuse.patterns.sdpa import SDPA, read_sdpa
 from flashfuse.refusal import Refusal, Refused
@@ -35,23 +36,24 @@ def find_attention(graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool],
 
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
     """
+    flow = GradientFlow(requires_grad)
     sites = []
     for node in graph.nodes:
         if node.op != "call_function" or not (node.target in SOFTMAX or node.target in _OPAQUE or node.target is SDPA):
             continue
-        sites.append(Site(node, user_line(node), _read(node, requires_grad, sdpa)))
+        sites.append(Site(node, user_line(node), _read(node, flow, sdpa)))
     return sites
 
 
-def _read(node: fx.Node, requires_grad: Callable[[fx.Node], bool], sdpa: str) -> Match | Refusal:
+def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match | Refusal:
     try:
         if node.target in _OPAQUE:
             raise Refused("FF103", node, describe(node))
         if node.target is SDPA and sdpa == "never":
             raise Refused("FF102", node, 'options={"sdpa": "never"}')
         if node.target is SDPA:
-            return read_sdpa(node, requires_grad, always=sdpa == "always")
-        return read_softmax(node, requires_grad)
+            return read_sdpa(node, flow, always=sdpa == "always")
+        return read_softmax(node, flow)
     except Refused as refused:
         return refusal(node, refused)
     except LayoutError as error:

@@ -249,6 +249,10 @@ class Builder:
         kind = row.result or {bool: Kind.BOOL, int: Kind.INT, float: Kind.FLOAT}[type(value)]
         return self.const(value, kind)
 
+    def closure(self, *results: Value) -> list[Statement]:
+        """The statements that these results need, themselves included."""
+        return [self.statements[number] for number in _closure(self.statements, [value.number for value in results])]
+
     def program(self, *results: Value) -> ScoreProgram:
         """The program of these results, with only the statements that they need."""
         needed = _closure(self.statements, [value.number for value in results])

@@ -1,0 +1,33 @@
+"""Where gradients flow: `detach` and `no_grad` leave no trace in values, but a fused attention must stop there too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from flashfuse.patterns.calls import is_tensor, value_of
+
+
+class GradientFlow:
+    """Asks `requires_grad(node)` once a node. Without gradients (inference) nothing is needed and nothing stops."""
+
+    def __init__(self, requires_grad: Callable[[fx.Node], bool]) -> None:
+        self._requires_grad = requires_grad
+        self._known: dict[fx.Node, bool] = {}
+
+    def needed(self, node: fx.Node) -> bool:
+        """Whether autograd computes a gradient of this value."""
+        if node not in self._known:
+            self._known[node] = self._requires_grad(node)
+        return self._known[node]
+
+    def stops_at(self, node: fx.Node) -> bool:
+        """Whether a value has no gradient although it is computed from one that has (`detach`, `no_grad`)."""
+        if not _is_float(node) or self.needed(node):
+            return False
+        return any(_is_float(argument) and self.needed(argument) for argument in node.all_input_nodes)
+
+
+def _is_float(node: fx.Node) -> bool:
+    return is_tensor(node) and bool(value_of(node).dtype.is_floating_point)

@@ -1,0 +1,341 @@
+"""Every way to write a softmax, read as `exp(x)` divided by its own sum over one dimension.
+
+`recognise(node)` tells whether a node is the last of a softmax: the call itself, `log_softmax(x).exp()`,
+`exp(x - logsumexp(x))`, `e / e.sum()` with `e = exp(x)`, or a product with a value that is divided by the sum of its factor
+`e` only afterwards (late normalisation). A term of x that is the same for a whole row, such as its maximum, cancels and is
+passed over; so written without the maximum, where eager code may overflow, the stable value is what is computed.
+
+A new spelling is one new row in `_FORMS`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashfuse.patterns import axes, contraction
+from flashfuse.patterns.axes import Axis, Index, refined
+from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
+from flashfuse.patterns.spellings import ROWS
+from flashfuse.refusal import Refused
+
+aten = torch.ops.aten
+CASTS = frozenset(
+    {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default}
+)
+_COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
+
+
+@dataclass(frozen=True)
+class LateSum:
+    """Late normalisation: `output = product / sum`; `path` leads from the exponentials to the product."""
+
+    output: fx.Node
+    product: fx.Node
+    path: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over dimension `dim` of `scores`, or, if `exponential`, of the logarithm of `scores`.
+
+    `anchor` holds the probabilities, or with `late` the normalised output. `inside` are the other nodes that belong to it.
+    """
+
+    anchor: fx.Node
+    scores: fx.Node
+    dim: int
+    exponential: bool = False
+    inside: tuple[fx.Node, ...] = ()
+    late: LateSum | None = None
+
+
+def recognise(node: fx.Node) -> Softmax | None:
+    """The softmax that ends in a node, or None."""
+    form = _FORMS.get(node.target)
+    return None if form is None else form(node)
+
+
+# ------------------------------------------------------------------------------------------------ one call
+
+
+def _softmax_call(node: fx.Node) -> Softmax:
+    call = bind(node, ("self", "dim", "dtype", "half_to_float"))
+    return Softmax(node, call["self"], normal_dim(call["dim"], len(shape(node))))
+
+
+def _exponential(node: fx.Node) -> Softmax | None:
+    """`log_softmax(x).exp()` and `exp(x - logsumexp(x))`."""
+    source, passed = _same_elements(bind(node, ("self",))["self"])
+    if source.target in _LOG_SOFTMAX:
+        call = bind(source, ("self", "dim", "dtype", "half_to_float"))
+        dim = normal_dim(call["dim"], len(shape(source)))
+        return Softmax(node, call["self"], dim, inside=(*passed, source))
+    if source.target is not aten.sub.Tensor:
+        return None
+    call = bind(source, ("self", "other"))
+    minuend, subtrahend = call["self"], call["other"]
+    if not is_tensor(minuend) or not is_tensor(subtrahend):
+        return None
+    total = _reduction(subtrahend, _LOG_SUMS, minuend)
+    if total is None:
+        return None
+    return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes))
+
+
+_LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default})
+_LOG_SUMS = frozenset({aten.logsumexp.default, aten.special_logsumexp.default})
+
+
+# ------------------------------------------------------------------------------------------------ exponentials and their sum
+
+
+def _divided(node: fx.Node) -> Softmax | None:
+    call = bind(node, ("self", "other"))
+    return _normalised(node, call["self"], call["other"])
+
+
+def _multiplied(node: fx.Node) -> Softmax | None:
+    """`e * (1 / e.sum())`, the factors in any order."""
+    call = bind(node, ("self", "other"))
+    for tensor, factor in ((call["self"], call["other"]), (call["other"], call["self"])):
+        total = _inverted(factor)
+        if total is not None:
+            return _normalised(node, tensor, total)
+    return None
+
+
+def _inverted(factor: Any) -> Any:
+    """x if a factor is 1 / x."""
+    if not is_tensor(factor):
+        return None
+    source, _passed = _same_elements(factor)
+    if source.target is aten.reciprocal.default:
+        return source.args[0]
+    if source.target is aten.pow.Tensor_Scalar and source.args[1] == -1:
+        return source.args[0]
+    if source.target is aten.div.Tensor and value_of(source.args[0]) == 1 and is_tensor(source.args[1]):
+        return source.args[1]
+    return None
+
+
+def _normalised(node: fx.Node, tensor: Any, divisor: Any) -> Softmax | None:
+    if not is_tensor(tensor) or not is_tensor(divisor):
+        return None
+    numerator, passed = _same_elements(tensor)
+    if contains_exponential(numerator):
+        total = _reduction(divisor, _SUMS, numerator)
+        if total is None:
+            return None
+        return Softmax(node, numerator, total.dim, exponential=True, inside=(*passed, *total.nodes))
+    return _late(node, tensor, divisor)
+
+
+_SUMS = frozenset({aten.sum.dim_IntList})
+
+
+def _late(node: fx.Node, tensor: fx.Node, divisor: fx.Node) -> Softmax | None:
+    """`(e @ value) / e.sum()`: the division's sum must run over what the product sums, row by row."""
+    index: Index = tuple(axes.fresh(f"r{place}_", size) for place, size in enumerate(shape(node)))
+    product, own, above = _upwards(tensor, axes.broadcast(index, shape(tensor)))
+    if product is None or not contraction.is_product(product):
+        return None
+    summing, sum_index, chain = _upwards(divisor, axes.broadcast(index, shape(divisor)))
+    if summing is None or summing.target not in _SUMS:
+        return None
+    operands = contraction.operands(product, own, "n")
+    for factor, factor_index in ((operands.left, operands.left_index), (operands.right, operands.right_index)):
+        numerator, found, path = _upwards(factor, factor_index)
+        source, inner = _same_elements(summing.args[0])  # type: ignore[arg-type]
+        if numerator is None or source is not numerator or not contains_exponential(numerator):
+            continue
+        dim = _summed_dim(summing, sum_index, found)
+        if dim is None:
+            raise Refused("FF202", node, "the output is not divided by the sums of its own rows")
+        late = LateSum(node, product, tuple(reversed(path)))
+        inside = (*above, product, *path, *chain, summing, *inner)
+        return Softmax(node, numerator, dim, exponential=True, inside=inside, late=late)
+    return None
+
+
+def contains_exponential(node: fx.Node) -> bool:
+    """Whether a node is `exp(x)`, possibly with elements set to zero (see `score_cone.Lifter.logarithm`)."""
+    while True:
+        if node.target is aten.exp.default:
+            return True
+        following = _zeroed(node)
+        if following is None:
+            return False
+        node = following
+
+
+def _zeroed(node: fx.Node) -> fx.Node | None:
+    """The tensor of which a node sets elements to zero or moves elements; None if it does something else."""
+    if node.target in ZEROING:
+        tensors = [argument for argument in node.args[:3] if is_tensor(argument)]
+        return next((t for t in tensors if value_of(t).dtype.is_floating_point and contains_exponential(t)), None)  # type: ignore[arg-type]
+    if node.target in CASTS or node.target in _COPIES:
+        return node.args[0]  # type: ignore[return-value]
+    return None
+
+
+ZEROING = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther,
+                     aten.where.ScalarSelf, aten.mul.Tensor})  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    dim: int
+    nodes: tuple[fx.Node, ...]
+
+
+def _reduction(tensor: fx.Node, targets: frozenset[Any], source: fx.Node) -> _Reduction | None:
+    """`tensor` as a reduction of `source` over one dim, row by row in source's own shape; None if it is not one.
+
+    Refuses (FF202) a reduction of the same tensor that is combined with other rows than its own.
+    """
+    index: Index = tuple(axes.fresh(f"r{place}_", size) for place, size in enumerate(shape(source)))
+    if len(shape(tensor)) > len(index):
+        return None
+    node, own, passed = _upwards(tensor, axes.broadcast(index, shape(tensor)))
+    if node is None or node.target not in targets:
+        return None
+    operand, inner = _same_elements(node.args[0])  # type: ignore[arg-type]
+    if operand is not _same_elements(source)[0]:
+        return None
+    dim = _summed_dim(node, own, index)
+    if dim is None:
+        raise Refused("FF202", node, f"{node.target} over a dim whose result does not belong to the same rows")
+    return _Reduction(dim, (*passed, node, *inner))
+
+
+def _summed_dim(reduction: fx.Node, own: Index, source: Index) -> int | None:
+    """The one dim that a reduction removes, if its result at `own` belongs to the row of `source`."""
+    call = bind(reduction, ("self", "dim", "keepdim", "dtype"))
+    dims = [call["dim"]] if isinstance(call["dim"], int) else list(call["dim"] or ())
+    if len(dims) != 1:
+        return None
+    dim = normal_dim(dims[0], len(source))
+    rest = (*own[:dim], *own[dim + 1 :]) if call["keepdim"] else own
+    others = (*source[:dim], *source[dim + 1 :])
+    same = len(rest) == len(others) and all(refined(a) == refined(b) for a, b in zip(rest, others, strict=True))  # type: ignore[arg-type]
+    return dim if same else None
+
+
+def _upwards(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[fx.Node]]:
+    """Through views and casts: the node that computes, its index, and the nodes passed."""
+    passed: list[fx.Node] = []
+    while True:
+        row = ROWS.get(node.target)
+        if node.target in CASTS:
+            following = index
+        elif row is not None and row.index is not None:
+            try:
+                following = row.index(None, bind(node, row.reads), index)
+            except (Refused, axes.LayoutError):
+                return None, index, passed
+        else:
+            return node, index, passed
+        passed.append(node)
+        node, index = node.args[0], following  # type: ignore[assignment]
+
+
+def _same_elements(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """Through casts and copies, which keep every element in its place."""
+    passed: list[fx.Node] = []
+    while node.op == "call_function" and node.target in CASTS | _COPIES:
+        passed.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return node, tuple(passed)
+
+
+# ------------------------------------------------------------------------------------------------ what cancels
+
+
+def row_shifts(softmax: Softmax, index: Index, keys: tuple[Axis, ...]) -> dict[fx.Node, fx.Node]:
+    """Sums of which one term is a statistic of the other that is the same for a whole row: {sum: the term that stays}.
+
+    Softmax does not change when a row's maximum is subtracted. Only a statistic of the very scores is passed over: any
+    other tensor may hold numbers so large that eager code rounds the scores away.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    node, own = softmax.scores, index
+    while node.op == "call_function":
+        row = ROWS.get(node.target)
+        if row is None:
+            break
+        following = _exponent(node) if softmax.exponential else None
+        if following is None and node.target in (aten.sub.Tensor, aten.add.Tensor):
+            following = _without_statistic(node, own, keys)
+            if following is not None:
+                found[node] = following
+        if following is None and node.target in CASTS:
+            following = node.args[0]
+        if following is None and row.index is not None:
+            own = row.index(None, bind(node, row.reads), own)
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        if following is None and node.target in _ROW_SCALES:
+            following = _without_factor(node, own, keys)
+        if following is None:
+            break
+        own = axes.broadcast(own, shape(following))
+        node = following
+    return found
+
+
+_ROW_SCALES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
+
+
+def _exponent(node: fx.Node) -> fx.Node | None:
+    if node.target is aten.exp.default:
+        return node.args[0]  # type: ignore[return-value]
+    return _zeroed(node) if contains_exponential(node) else None
+
+
+def _without_statistic(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:
+    tensor, other = node.args[:2]
+    if not is_tensor(tensor) or not is_tensor(other) or node.kwargs:
+        return None
+    if _runs_over(axes.broadcast(index, shape(other)), keys):
+        return None
+    source, _own, _passed = _upwards(other, axes.broadcast(index, shape(other)))
+    if source is not None and source.target is operator.getitem and source.args[1] == 0:
+        source = source.args[0]  # type: ignore[assignment]
+    if source is None or source.target not in _STATISTICS:
+        return None
+    return tensor if _same_elements(source.args[0])[0] is _same_elements(tensor)[0] else None  # type: ignore[arg-type, return-value]
+
+
+_STATISTICS = frozenset({aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default, aten.special_logsumexp.default})
+
+
+def _without_factor(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:
+    tensor, factor = node.args[:2]
+    if not is_tensor(tensor):
+        return None
+    if is_tensor(factor) and _runs_over(axes.broadcast(index, shape(factor)), keys):
+        return None
+    return tensor  # type: ignore[return-value]
+
+
+def _runs_over(index: Index, keys: tuple[Axis, ...]) -> bool:
+    return any(axis in refined(keys) for dim in index for axis in refined(dim))  # type: ignore[arg-type]
+
+
+_FORMS: dict[Any, Callable[[fx.Node], Softmax | None]] = {
+    aten.softmax.int: _softmax_call,
+    aten._softmax.default: _softmax_call,
+    aten.special_softmax.default: _softmax_call,
+    aten.exp.default: _exponential,
+    aten.div.Tensor: _divided,
+    aten.mul.Tensor: _multiplied,
+}
