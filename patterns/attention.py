@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
-from flashfuse.patterns.frame import Frame, read_frame, reads_only_metadata
+from flashfuse.patterns.calls import bind, shape, value_of
+from flashfuse.patterns.exponential import logarithm
+from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
+from flashfuse.patterns.softmax import Softmax
 from flashfuse.patterns.spellings import ROWS
 from flashfuse.refusal import Refused
 
@@ -43,10 +46,13 @@ class Input:
 class Match:
     """An attention: `output` (in the normal form) may be replaced by the spec's op on these inputs.
 
+    `anchor` holds the probabilities and `product` the raw scores, in the original code.
+
     `out_view` leads from the op's [B, H, M, E] result to the output's own layout.
     """
 
     anchor: fx.Node
+    product: fx.Node
     output: fx.Node
     spec: AttentionSpec
     query: Input
@@ -59,12 +65,12 @@ class Match:
     dims: dict[str, Any] = field(default_factory=dict)
 
 
-def read_softmax(anchor: fx.Node, flow: GradientFlow) -> Match:
-    """The attention around a softmax.
+def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
+    """The attention around a softmax on its way to one output.
 
     Raises Refused, or LayoutError where a view on the way has no named-axes meaning.
     """
-    frame = read_frame(anchor, flow)
+    frame = read_frame(softmax, way, flow)
     for _attempt in range(4):
         roles, views, copies = solve_roles(frame)
         lifter, score = _lift(frame, roles, flow)
@@ -97,7 +103,7 @@ def _same_axes(a: Roles, b: Roles) -> bool:
 
 def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value]:
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
-    lifter = Lifter(positions, frame.product, frame.carriers, flow)
+    lifter = Lifter(positions, frame.product, frame.carriers, flow, frame.shifts)
     call = frame.operands
 
     def product_value(index: Index) -> Value:
@@ -113,9 +119,10 @@ def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value
         return value
 
     lifter.score = product_value
-    scores = frame.anchor.args[0]
-    assert isinstance(scores, fx.Node)
-    value = lifter.lift(scores, frame.score_index)
+    assert frame.softmax is not None
+    scores = frame.softmax.scores
+    lift = partial(logarithm, lifter) if frame.softmax.exponential else lifter.lift
+    value = lift(scores, frame.score_index)
     for node in frame.path:
         if node.target is aten.dropout.default:
             lifter.check_dropout(bind(node, ROWS[node.target].reads))
@@ -123,17 +130,12 @@ def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value
 
 
 def check_region(frame: Frame, flow: GradientFlow) -> None:
-    """Refuse a region with a value that is used outside (FF301, FF302) or that stops the gradient (FF408)."""
-    inside = {frame.product, *frame.carriers, frame.anchor, *frame.path}
-    for node in (frame.output, *inside):
+    """Refuse (FF408) a region with a value that stops the gradient."""
+    assert frame.softmax is not None
+    around = (*frame.carriers, *frame.softmax.inside, frame.softmax.anchor, *frame.path)
+    for node in (frame.product, *around, frame.output):
         if flow.stops_at(node):
             raise Refused("FF408", node, f"the gradient stops at {describe(node)}")
-    for node in inside:
-        for user in node.users:
-            if user in inside or user is frame.output or reads_only_metadata(user, node):
-                continue
-            after = node is frame.anchor or node in frame.path
-            raise Refused("FF301" if after else "FF302", node, f"also used by {describe(user)}")
 
 
 def make_spec(lifter: Lifter, score: Value, frame: Frame, roles: Roles) -> AttentionSpec:
@@ -146,7 +148,15 @@ def make_spec(lifter: Lifter, score: Value, frame: Frame, roles: Roles) -> Atten
         axes.product([axis.size for axis in refined(roles.queries)]),
         axes.product([a.size for a in refined(frame.keys)]),
     )
-    return AttentionSpec(program, captures, empty_rows(spec, square=square))
+    rows = empty_rows(spec, square=square)
+    return AttentionSpec(program, captures, _without_nan(spec, frame) if frame.zeroes_nan and rows is EmptyRows.EXACT else rows)
+
+
+def _without_nan(spec: AttentionSpec, frame: Frame) -> EmptyRows:
+    """What empty rows give whose NaN is turned into zero. Refuses (FF402) where data may make a row of -inf."""
+    if any(capture.kind is Kind.FLOAT for capture in spec.captures):
+        raise Refused("FF402", frame.output, "rows of NaN become zero, and a bias handed in may be -inf for a whole row")
+    return EmptyRows.ZERO if spec.split.fill == float("-inf") else EmptyRows.EXACT
 
 
 def empty_rows(spec: AttentionSpec, *, square: bool) -> EmptyRows:
@@ -208,8 +218,9 @@ def assemble(
     }  # fmt: skip
     value_dim = tuple(a for a in roles.value.axes() if a not in (*roles.batch, *roles.kv_heads, *refined(frame.keys)))
     layout, out_view = out_layout(frame, roles, value_dim)
+    anchor = frame.output if frame.softmax is None else frame.softmax.anchor
     return Match(
-        frame.anchor, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
+        anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
         tuple(Input(each.node, each.view) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
         dims=_dims(views["query"], views["key"], views["value"]),
     )  # fmt: skip

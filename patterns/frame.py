@@ -14,25 +14,26 @@ from torch import fx
 
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
+from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
-from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
+from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
-SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.special_softmax.default})
-_KEEPS_PROBABILITIES = frozenset({aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.type_as.default})
+_KEEPS_PROBABILITIES = CASTS | {aten.dropout.default}
 
 
 @dataclass(frozen=True)
 class Frame:
     """What the walk over the graph's structure found, before anything is lifted."""
 
-    anchor: fx.Node
+    softmax: Softmax | None  # None: a call that holds the whole attention
     output: fx.Node
     path: tuple[fx.Node, ...]  # from the softmax down to the product with the value, without either
+    zeroes_nan: bool  # rows of NaN become zero on that path
     product: fx.Node
     carriers: frozenset[fx.Node]
     out_index: Index
@@ -42,6 +43,7 @@ class Frame:
     key: tuple[Stage, ...]
     value: tuple[Stage, ...]
     score_index: Index  # the index of the softmax's input
+    shifts: dict[fx.Node, fx.Node]  # sums in the scores with a term that cancels: the term that stays
     operands: contraction.Operands
     query_first: bool
     score_dtype: torch.dtype
@@ -50,41 +52,70 @@ class Frame:
 # ------------------------------------------------------------------------------------------------ down to the output
 
 
-def find_output(anchor: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The product that consumes the probabilities, and the nodes between. Refuses FF101 or FF301."""
-    path: list[fx.Node] = []
-    node = anchor
-    while True:
-        users = [user for user in node.users if not reads_only_metadata(user, node)]
-        if not users or not _leads_to_product(node):
-            raise Refused("FF101", node, "no product of its result with a value")
-        if len(users) > 1:
-            raise Refused("FF301", node, "also used by " + ", ".join(describe(user) for user in users[:3]))
-        user = users[0]
-        if user.op == "output":
-            raise Refused("FF301", node, "returned by the graph")
-        if contraction.is_product(user):
-            return user, tuple(path)
-        row = ROWS.get(user.target)
-        if row is None or (row.index is None and user.target not in _KEEPS_PROBABILITIES):
-            raise Refused("FF401", user, f"{describe(user)} on the probabilities")
-        path.append(user)
-        node = user
+@dataclass(frozen=True)
+class Way:
+    """From the softmax to an output: the nodes up to the product with the value, that product, and the output itself."""
+
+    path: tuple[fx.Node, ...]
+    product: fx.Node
+    output: fx.Node
+    zeroes_nan: bool = False
+    late: LateSum | None = None
 
 
-def _leads_to_product(node: fx.Node) -> bool:
-    stack, seen = list(node.users), set()
-    while stack:
-        user = stack.pop()
-        if user in seen or user.op != "call_function":
-            continue
-        seen.add(user)
-        if contraction.is_product(user):
-            return True
-        same_shape = is_tensor(user) and len(shape(user)) == len(shape(node)) and shape(user) == shape(node)
-        if user.target in ROWS or same_shape:
-            stack.extend(user.users)
-    return False
+def find_ways(softmax: Softmax) -> list[Way]:
+    """Every product with a value that consumes the probabilities. Refuses FF101 or FF401 if there is none.
+
+    Whoever else uses the probabilities gets them from the original code.
+    """
+    if softmax.late is not None:
+        return [Way(softmax.late.path, softmax.late.product, softmax.late.output, late=softmax.late)]
+    if not leads_to_product(softmax.anchor):
+        raise Refused("FF101", softmax.anchor, "no product of its result with a value")
+    ways: list[Way] = []
+    strange: list[fx.Node] = []
+    pending: list[tuple[fx.Node, tuple[fx.Node, ...], bool]] = [(softmax.anchor, (), False)]
+    while pending:
+        node, path, zeroes = pending.pop()
+        for user in node.users:
+            if user.op == "output" or reads_only_metadata(user, node):
+                continue
+            row = ROWS.get(user.target)
+            if contraction.is_product(user):
+                ways.append(Way(path, user, user, zeroes))
+            elif _zeroes_nan(user, node):
+                pending.append((user, (*path, user), True))
+            elif row is not None and (row.index is not None or user.target in _KEEPS_PROBABILITIES):
+                pending.append((user, (*path, user), zeroes))
+            else:
+                strange.append(user)
+    if not ways and not strange:
+        raise Refused("FF101", softmax.anchor, "no product of its result with a value")
+    if not ways:
+        raise Refused("FF401", strange[0], f"{describe(strange[0])} on the probabilities")
+    return ways
+
+
+def _zeroes_nan(user: fx.Node, node: fx.Node) -> bool:
+    """`nan_to_num(p)`, `p.masked_fill(p.isnan(), 0)` and `where(p.isnan(), 0, p)`."""
+    if user.target is aten.nan_to_num.default:
+        return not bind(user, ("self", "nan", "posinf", "neginf"))["nan"]
+    if user.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        mask, fill, kept = user.args[1], user.args[2], user.args[0]
+    elif user.target in (aten.where.self, aten.where.ScalarSelf):
+        mask, fill, kept = user.args
+    else:
+        return False
+    checks_nan = isinstance(mask, fx.Node) and mask.target is aten.isnan.default and mask.args[0] is node
+    return checks_nan and kept is node and _is_zero(fill)
+
+
+def _is_zero(fill: object) -> bool:
+    if isinstance(fill, fx.Node) and fill.target is aten.scalar_tensor.default:
+        fill = fill.args[0]
+    if isinstance(fill, fx.Node) and fill.target in (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default):
+        return True
+    return isinstance(fill, (int, float)) and fill == 0
 
 
 def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
@@ -106,49 +137,45 @@ def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
 # ------------------------------------------------------------------------------------------------ up to the scores
 
 
-def read_frame(anchor: fx.Node, flow: GradientFlow) -> Frame:
+def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     """Follow the axes from the output up to the operands of both products."""
-    output, path = find_output(anchor)
-    out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(output)))
-    second = contraction.operands(output, out_index, "n")
-    _only_a_product(second, output)
-    probabilities = path[-1] if path else anchor
+    out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(way.output)))
+    second = contraction.operands(way.product, _index_of_product(way, out_index), "n")
+    _only_a_product(second, way.product)
+    probabilities = way.path[-1] if way.path else softmax.anchor if softmax.late is None else softmax.scores
     left = second.left is probabilities
     if left and second.right is probabilities:
-        raise Refused("FF201", output, "the probabilities multiply themselves")
+        raise Refused("FF201", way.product, "the probabilities multiply themselves")
     index = second.left_index if left else second.right_index
-    for node in reversed(path):
+    for node in reversed(way.path):
         index = _through(node, index)
-    score_index = index
-    softmax_dim = normal_dim(bind(anchor, _SOFTMAX_READS[anchor.target])["dim"], len(index))
-    if refined(index[softmax_dim]) != refined(second.summed):  # type: ignore[arg-type]
-        found = f"softmax over dim {softmax_dim - len(index)}, while the product with the value sums over another axis"
-        raise Refused("FF202", anchor, found)
-    scores = anchor.args[0]
-    assert isinstance(scores, fx.Node)
-    product, carriers = find_product(scores)
-    first = contraction.operands(product, _index_at(scores, score_index, product, carriers), "d")
+    if refined(index[softmax.dim]) != refined(second.summed):  # type: ignore[arg-type]
+        found = f"softmax over dim {softmax.dim - len(index)}, while the product with the value sums over another axis"
+        raise Refused("FF202", softmax.anchor, found)
+    shifts = row_shifts(softmax, index, second.summed)
+    product, carriers = find_product(softmax.scores, shifts)
+    first = contraction.operands(product, _index_at(softmax.scores, index, product, carriers, shifts), "d")
     query_first = _is_query_first(product, first, second.summed)
     sides = [(first.left, first.left_index), (first.right, first.right_index)]
     query, key = sides if query_first else sides[::-1]
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
     return Frame(
-        anchor, output, path, product, carriers, out_index,
-        rows=tuple(dim for place, dim in enumerate(score_index) if place != softmax_dim),
+        softmax, way.output, way.path, way.zeroes_nan, product, carriers, out_index,
+        rows=tuple(dim for place, dim in enumerate(index) if place != softmax.dim),
         keys=second.summed,
         query=tuple(peel(*query, flow, linear=True)),
         key=tuple(peel(*key, flow, linear=True)),
         value=tuple(peel(*value, flow, linear=False)),
-        score_index=score_index, operands=first, query_first=query_first,
+        score_index=index, shifts=shifts, operands=first, query_first=query_first,
         score_dtype=value_of(product).dtype,
     )  # fmt: skip
 
 
-_SOFTMAX_READS = {
-    aten.softmax.int: ("self", "dim", "dtype"),
-    aten._softmax.default: ("self", "dim", "half_to_float"),
-    aten.special_softmax.default: ("self", "dim", "dtype"),
-}
+def _index_of_product(way: Way, out_index: Index) -> Index:
+    """The index of the product with the value, of which a late division and views may make the output."""
+    if way.late is None:
+        return out_index
+    return upwards(way.late.dividend, axes.broadcast(out_index, shape(way.late.dividend)))[1]
 
 
 def _only_a_product(found: contraction.Operands, node: fx.Node) -> None:
@@ -157,8 +184,8 @@ def _only_a_product(found: contraction.Operands, node: fx.Node) -> None:
 
 
 def _through(node: fx.Node, index: Index) -> Index:
-    row = ROWS[node.target]
-    if row.index is None:
+    row = ROWS.get(node.target)
+    if row is None or row.index is None:
         if not value_of(node).dtype.is_floating_point:
             raise Refused("FF401", node, "the probabilities are cast to integers")
         return index
@@ -166,7 +193,7 @@ def _through(node: fx.Node, index: Index) -> Index:
     return row.index(None, call, index)
 
 
-def find_product(scores: fx.Node) -> tuple[fx.Node, frozenset[fx.Node]]:
+def find_product(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> tuple[fx.Node, frozenset[fx.Node]]:
     """The one product that the scores come from, and the nodes that carry the score between it and `scores`."""
     products: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -182,7 +209,7 @@ def find_product(scores: fx.Node) -> tuple[fx.Node, frozenset[fx.Node]]:
             products.append(node)
             stack.extend(_added(node))
         elif node.target in ROWS:
-            stack.extend(argument for argument in node.all_input_nodes if is_tensor(argument))
+            stack.extend([shifts[node]] if node in shifts else [each for each in node.all_input_nodes if is_tensor(each)])
         else:
             stopped.append(node)
     if not products:
@@ -211,14 +238,16 @@ def _between(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> frozenset
     stack = [product]
     while stack:
         node = stack.pop()
-        if node in forward or (node not in seen):
+        if node in forward or node not in seen or (node is not product and node.target not in ROWS):
             continue
         forward.add(node)
         stack.extend(node.users)
     return frozenset(forward - {product})
 
 
-def _index_at(scores: fx.Node, index: Index, product: fx.Node, carriers: frozenset[fx.Node]) -> Index:
+def _index_at(
+    scores: fx.Node, index: Index, product: fx.Node, carriers: frozenset[fx.Node], shifts: dict[fx.Node, fx.Node]
+) -> Index:
     """The product's index, followed through the carriers. Refuses if two ways disagree."""
     found: list[Index] = []
     stack: list[tuple[fx.Node, Index]] = [(scores, index)]
@@ -236,7 +265,7 @@ def _index_at(scores: fx.Node, index: Index, product: fx.Node, carriers: frozens
             raise Refused("FF403", node, "a product between the product of query and key and the softmax")
         if row is None:
             raise Refused("FF401", node, describe(node))
-        for argument in node.all_input_nodes:
+        for argument in [shifts[node]] if node in shifts else node.all_input_nodes:
             if argument is not product and argument not in carriers:
                 continue
             if row.index is not None:

@@ -18,12 +18,11 @@ from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, LayoutError, Size, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
-from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
 _SCALES = {aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.div.Tensor: "div", aten.div.Scalar: "div"}
-_CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.to.other})
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def _next(stage: Stage, linear: bool) -> Stage | None:
             return Stage(call["self"], row.index(None, call, stage.index), stage.scales)
         if linear and node.target in _SCALES:
             return _pass_scale(stage, bind(node, ("self", "other")))
-        if linear and node.target in _CASTS and row is not None:
+        if linear and node.target in CASTS and row is not None:
             inner = bind(node, row.reads)["self"]
             narrow, wide = value_of(inner).dtype, value_of(node).dtype
             exact = narrow == wide or (narrow in (torch.float16, torch.bfloat16) and wide is torch.float32)

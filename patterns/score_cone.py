@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,7 @@ class Lifter:
     product: fx.Node
     carriers: frozenset[fx.Node]
     flow: GradientFlow
+    shifts: Mapping[fx.Node, fx.Node] = field(default_factory=dict)  # sums of which only one term counts
     score: Any = None  # gives the value of the product's element; set by the caller
     builder: Builder = field(default_factory=Builder)
     captures: list[Captured] = field(default_factory=list)
@@ -119,6 +121,8 @@ class Lifter:
     def _lift_new(self, node: fx.Node, index: Index) -> Value:
         if node is self.product:
             return self.score(index)  # type: ignore[no-any-return]
+        if node in self.shifts:
+            return self.lift(self.shifts[node], index)
         if node in self.carriers:
             return self._by_row(node, index)
         marks = len(self.captures), len(self.sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -12,10 +13,11 @@ from flashfuse.patterns.attention import Match, read_softmax
 from flashfuse.patterns.axes import LayoutError
 from flashfuse.patterns.calls import is_tensor
 from flashfuse.patterns.contraction import is_product
-from flashfuse.patterns.frame import SOFTMAX
+from flashfuse.patterns.frame import find_ways
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.score_cone import describe, user_line
 from flashfuse.patterns.sdpa import SDPA, read_sdpa
+from flashfuse.patterns.softmax import recognise
 from flashfuse.refusal import Refusal, Refused
 
 aten = torch.ops.aten
@@ -37,23 +39,37 @@ def find_attention(graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool],
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
     """
     flow = GradientFlow(requires_grad)
-    sites = []
-    for node in graph.nodes:
-        if node.op != "call_function" or not (node.target in SOFTMAX or node.target in _OPAQUE or node.target is SDPA):
-            continue
-        sites.append(Site(node, user_line(node), _read(node, flow, sdpa)))
-    return sites
+    return [
+        Site(node, user_line(node), found)
+        for node in graph.nodes
+        if node.op == "call_function"
+        for found in _read(node, flow, sdpa)
+    ]
 
 
-def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match | Refusal:
+def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]:
+    """What a node is: nothing for most nodes, and one entry for each output of a softmax."""
+    if node.target in _OPAQUE:
+        return [refusal(node, Refused("FF103", node, describe(node)))]
+    if node.target is SDPA:
+        return [_guarded(node, lambda: _read_sdpa(node, flow, sdpa))]
     try:
-        if node.target in _OPAQUE:
-            raise Refused("FF103", node, describe(node))
-        if node.target is SDPA and sdpa == "never":
-            raise Refused("FF102", node, 'options={"sdpa": "never"}')
-        if node.target is SDPA:
-            return read_sdpa(node, flow, always=sdpa == "always")
-        return read_softmax(node, flow)
+        softmax = recognise(node)
+        ways = [] if softmax is None else find_ways(softmax)
+    except Refused as refused:
+        return [refusal(node, refused)]
+    return [_guarded(node, partial(read_softmax, softmax, way, flow)) for way in ways]
+
+
+def _read_sdpa(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match:
+    if sdpa == "never":
+        raise Refused("FF102", node, 'options={"sdpa": "never"}')
+    return read_sdpa(node, flow, always=sdpa == "always")
+
+
+def _guarded(node: fx.Node, read: Callable[[], Match]) -> Match | Refusal:
+    try:
+        return read()
     except Refused as refused:
         return refusal(node, refused)
     except LayoutError as error:

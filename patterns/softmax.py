@@ -21,21 +21,23 @@ from torch import fx
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
-from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.exponential import exponent, exponential_nodes
+from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
-CASTS = frozenset(
-    {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default}
-)
 _COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
 
 
 @dataclass(frozen=True)
 class LateSum:
-    """Late normalisation: `output = product / sum`; `path` leads from the exponentials to the product."""
+    """Late normalisation: `output = dividend / sum`; `path` leads from the exponentials to the product.
+
+    The dividend is the product or a view of it.
+    """
 
     output: fx.Node
+    dividend: fx.Node
     product: fx.Node
     path: tuple[fx.Node, ...]
 
@@ -61,6 +63,22 @@ def recognise(node: fx.Node) -> Softmax | None:
     return None if form is None else form(node)
 
 
+def leads_to_product(node: fx.Node) -> bool:
+    """Whether a product consumes a value, perhaps after elementwise operations and views."""
+    stack, seen = list(node.users), set()
+    while stack:
+        user = stack.pop()
+        if user in seen or user.op != "call_function":
+            continue
+        seen.add(user)
+        if contraction.is_product(user):
+            return True
+        same_shape = is_tensor(user) and len(shape(user)) == len(shape(node)) and shape(user) == shape(node)
+        if user.target in ROWS or same_shape:
+            stack.extend(user.users)
+    return False
+
+
 # ------------------------------------------------------------------------------------------------ one call
 
 
@@ -71,7 +89,7 @@ def _softmax_call(node: fx.Node) -> Softmax:
 
 def _exponential(node: fx.Node) -> Softmax | None:
     """`log_softmax(x).exp()` and `exp(x - logsumexp(x))`."""
-    source, passed = _same_elements(bind(node, ("self",))["self"])
+    source, passed = same_elements(bind(node, ("self",))["self"])
     if source.target in _LOG_SOFTMAX:
         call = bind(source, ("self", "dim", "dtype", "half_to_float"))
         dim = normal_dim(call["dim"], len(shape(source)))
@@ -82,7 +100,7 @@ def _exponential(node: fx.Node) -> Softmax | None:
     minuend, subtrahend = call["self"], call["other"]
     if not is_tensor(minuend) or not is_tensor(subtrahend):
         return None
-    total = _reduction(subtrahend, _LOG_SUMS, minuend)
+    total = _reduction(node, subtrahend, _LOG_SUMS, minuend)
     if total is None:
         return None
     return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes))
@@ -114,7 +132,9 @@ def _inverted(factor: Any) -> Any:
     """x if a factor is 1 / x."""
     if not is_tensor(factor):
         return None
-    source, _passed = _same_elements(factor)
+    source, _passed = same_elements(factor)
+    if source.target is aten.mul.Tensor and source.args[1] == 1:  # `1.0 / x` is x.reciprocal() * 1.0
+        return _inverted(source.args[0])
     if source.target is aten.reciprocal.default:
         return source.args[0]
     if source.target is aten.pow.Tensor_Scalar and source.args[1] == -1:
@@ -127,9 +147,9 @@ def _inverted(factor: Any) -> Any:
 def _normalised(node: fx.Node, tensor: Any, divisor: Any) -> Softmax | None:
     if not is_tensor(tensor) or not is_tensor(divisor):
         return None
-    numerator, passed = _same_elements(tensor)
-    if contains_exponential(numerator):
-        total = _reduction(divisor, _SUMS, numerator)
+    numerator, passed = same_elements(tensor)
+    if exponent(numerator) is not None:
+        total = _reduction(node, divisor, _SUMS, numerator)
         if total is None:
             return None
         return Softmax(node, numerator, total.dim, exponential=True, inside=(*passed, *total.nodes))
@@ -142,50 +162,25 @@ _SUMS = frozenset({aten.sum.dim_IntList})
 def _late(node: fx.Node, tensor: fx.Node, divisor: fx.Node) -> Softmax | None:
     """`(e @ value) / e.sum()`: the division's sum must run over what the product sums, row by row."""
     index: Index = tuple(axes.fresh(f"r{place}_", size) for place, size in enumerate(shape(node)))
-    product, own, above = _upwards(tensor, axes.broadcast(index, shape(tensor)))
+    product, own, above = upwards(tensor, axes.broadcast(index, shape(tensor)))
     if product is None or not contraction.is_product(product):
         return None
-    summing, sum_index, chain = _upwards(divisor, axes.broadcast(index, shape(divisor)))
+    summing, sum_index, chain = upwards(divisor, axes.broadcast(index, shape(divisor)))
     if summing is None or summing.target not in _SUMS:
         return None
     operands = contraction.operands(product, own, "n")
     for factor, factor_index in ((operands.left, operands.left_index), (operands.right, operands.right_index)):
-        numerator, found, path = _upwards(factor, factor_index)
-        source, inner = _same_elements(summing.args[0])  # type: ignore[arg-type]
-        if numerator is None or source is not numerator or not contains_exponential(numerator):
+        numerator, found, path = upwards(factor, factor_index)
+        source, inner = same_elements(summing.args[0])  # type: ignore[arg-type]
+        if numerator is None or source is not numerator or exponent(numerator) is None:
             continue
         dim = _summed_dim(summing, sum_index, found)
         if dim is None:
             raise Refused("FF202", node, "the output is not divided by the sums of its own rows")
-        late = LateSum(node, product, tuple(reversed(path)))
+        late = LateSum(node, tensor, product, tuple(reversed(path)))
         inside = (*above, product, *path, *chain, summing, *inner)
         return Softmax(node, numerator, dim, exponential=True, inside=inside, late=late)
     return None
-
-
-def contains_exponential(node: fx.Node) -> bool:
-    """Whether a node is `exp(x)`, possibly with elements set to zero (see `score_cone.Lifter.logarithm`)."""
-    while True:
-        if node.target is aten.exp.default:
-            return True
-        following = _zeroed(node)
-        if following is None:
-            return False
-        node = following
-
-
-def _zeroed(node: fx.Node) -> fx.Node | None:
-    """The tensor of which a node sets elements to zero or moves elements; None if it does something else."""
-    if node.target in ZEROING:
-        tensors = [argument for argument in node.args[:3] if is_tensor(argument)]
-        return next((t for t in tensors if value_of(t).dtype.is_floating_point and contains_exponential(t)), None)  # type: ignore[arg-type]
-    if node.target in CASTS or node.target in _COPIES:
-        return node.args[0]  # type: ignore[return-value]
-    return None
-
-
-ZEROING = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther,
-                     aten.where.ScalarSelf, aten.mul.Tensor})  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -197,21 +192,24 @@ class _Reduction:
     nodes: tuple[fx.Node, ...]
 
 
-def _reduction(tensor: fx.Node, targets: frozenset[Any], source: fx.Node) -> _Reduction | None:
+def _reduction(blame: fx.Node, tensor: fx.Node, targets: frozenset[Any], source: fx.Node) -> _Reduction | None:
     """`tensor` as a reduction of `source` over one dim, row by row in source's own shape; None if it is not one.
 
-    Refuses (FF202) a reduction of the same tensor that is combined with other rows than its own.
+    Refuses (FF202) a reduction of the same tensor that is combined with other rows than its own in `blame`, if a product
+    consumes that.
     """
     index: Index = tuple(axes.fresh(f"r{place}_", size) for place, size in enumerate(shape(source)))
     if len(shape(tensor)) > len(index):
         return None
-    node, own, passed = _upwards(tensor, axes.broadcast(index, shape(tensor)))
+    node, own, passed = upwards(tensor, axes.broadcast(index, shape(tensor)))
     if node is None or node.target not in targets:
         return None
-    operand, inner = _same_elements(node.args[0])  # type: ignore[arg-type]
-    if operand is not _same_elements(source)[0]:
+    operand, inner = same_elements(node.args[0])  # type: ignore[arg-type]
+    if operand is not same_elements(source)[0]:
         return None
     dim = _summed_dim(node, own, index)
+    if dim is None and not leads_to_product(blame):
+        return None
     if dim is None:
         raise Refused("FF202", node, f"{node.target} over a dim whose result does not belong to the same rows")
     return _Reduction(dim, (*passed, node, *inner))
@@ -230,7 +228,7 @@ def _summed_dim(reduction: fx.Node, own: Index, source: Index) -> int | None:
     return dim if same else None
 
 
-def _upwards(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[fx.Node]]:
+def upwards(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[fx.Node]]:
     """Through views and casts: the node that computes, its index, and the nodes passed."""
     passed: list[fx.Node] = []
     while True:
@@ -248,7 +246,7 @@ def _upwards(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[f
         node, index = node.args[0], following  # type: ignore[assignment]
 
 
-def _same_elements(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+def same_elements(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """Through casts and copies, which keep every element in its place."""
     passed: list[fx.Node] = []
     while node.op == "call_function" and node.target in CASTS | _COPIES:
@@ -268,37 +266,29 @@ def row_shifts(softmax: Softmax, index: Index, keys: tuple[Axis, ...]) -> dict[f
     """
     found: dict[fx.Node, fx.Node] = {}
     node, own = softmax.scores, index
-    while node.op == "call_function":
-        row = ROWS.get(node.target)
-        if row is None:
-            break
-        following = _exponent(node) if softmax.exponential else None
-        if following is None and node.target in (aten.sub.Tensor, aten.add.Tensor):
+    if softmax.exponential:
+        node = exponential_nodes(node)[-1].args[0]  # type: ignore[assignment]
+    while node.op == "call_function" and node.target in ROWS:
+        row = ROWS[node.target]
+        following: Any = None
+        if row.index is not None:
+            following, own = node.args[0], row.index(None, bind(node, row.reads), own)
+        elif node.target in CASTS:
+            following = node.args[0]
+        elif node.target in (aten.sub.Tensor, aten.add.Tensor):
             following = _without_statistic(node, own, keys)
             if following is not None:
                 found[node] = following
-        if following is None and node.target in CASTS:
-            following = node.args[0]
-        if following is None and row.index is not None:
-            own = row.index(None, bind(node, row.reads), own)
-            node = node.args[0]  # type: ignore[assignment]
-            continue
-        if following is None and node.target in _ROW_SCALES:
+        elif node.target in _ROW_SCALES:
             following = _without_factor(node, own, keys)
         if following is None:
             break
-        own = axes.broadcast(own, shape(following))
         node = following
+        own = own if len(own) == len(shape(node)) else axes.broadcast(own, shape(node))
     return found
 
 
 _ROW_SCALES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
-
-
-def _exponent(node: fx.Node) -> fx.Node | None:
-    if node.target is aten.exp.default:
-        return node.args[0]  # type: ignore[return-value]
-    return _zeroed(node) if contains_exponential(node) else None
 
 
 def _without_statistic(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:
@@ -307,15 +297,15 @@ def _without_statistic(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> f
         return None
     if _runs_over(axes.broadcast(index, shape(other)), keys):
         return None
-    source, _own, _passed = _upwards(other, axes.broadcast(index, shape(other)))
+    source, _own, _passed = upwards(other, axes.broadcast(index, shape(other)))
     if source is not None and source.target is operator.getitem and source.args[1] == 0:
         source = source.args[0]  # type: ignore[assignment]
     if source is None or source.target not in _STATISTICS:
         return None
-    return tensor if _same_elements(source.args[0])[0] is _same_elements(tensor)[0] else None  # type: ignore[arg-type, return-value]
+    return tensor if same_elements(source.args[0])[0] is same_elements(tensor)[0] else None  # type: ignore[arg-type, return-value]
 
 
-_STATISTICS = frozenset({aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default, aten.special_logsumexp.default})
+_STATISTICS = frozenset({aten.amax.default, aten.max.dim, aten.max.default}) | _LOG_SUMS
 
 
 def _without_factor(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:

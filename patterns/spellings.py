@@ -483,5 +483,8 @@ _MADE = (
 
 ROWS: dict[Any, Row] = {row.target: row for row in (*_VIEWS, *_COMPUTED, *_MADE)}
 
+# Rows that change a dtype and nothing else.
+CASTS = frozenset(row.target for row in _COMPUTED if row.lift is _cast)
+
 # Rows whose result depends on nothing but positions and numbers.
 CREATIONS = frozenset(row.target for row in _MADE if row.reads[0] != "self" or "size" in row.reads or "_like" in str(row.target))

@@ -58,7 +58,7 @@ def test_near_miss_is_refused_at_the_users_line(entry: NearMiss):
     assert site.found.code == entry.code, str(site.found)
     lines, start = inspect.getsourcelines(entry.function)
     name, line = site.found.where.split(":")
-    assert name == "zoo.py"
+    assert name.startswith("zoo")
     assert start <= int(line) < start + len(lines)
     assert site.found.found
     assert site.found.entry.meaning
