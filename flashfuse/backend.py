@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,11 +106,21 @@ def rewrite(
     fences = options.inner == "inductor" and register_lowerings()
     rewriter = Rewriter(module, form)
     records = [_replace(rewriter, site) for site in sites]
-    unsafe = [s for s, r in zip(sites, records, strict=True) if r.refusal is not None and not _is_safe(r.refusal)]
+    rewriter.sweep()
+    records = [_with_remainder(rewriter, site, record) for site, record in zip(sites, records, strict=True)]
+    unsafe = {s.anchor for s, r in zip(sites, records, strict=True) if r.also_made or (r.refusal and not _is_safe(r.refusal))}
     if unsafe and fences:
-        for site in unsafe:
-            rewriter.fence(site.anchor)
+        for anchor in unsafe:
+            rewriter.fence(anchor)
     return (rewriter.finish() if rewriter.changed else module), records
+
+
+def _with_remainder(rewriter: Rewriter, site: Site, record: SiteRecord) -> SiteRecord:
+    """The record with what the original code still computes because others use it."""
+    if not record.fused or not isinstance(site.found, Match) or site.found.product is site.found.output:
+        return record
+    made = [word for word, node in (("scores", site.found.product), ("probabilities", site.anchor)) if rewriter.still_made(node)]
+    return replace(record, also_made=made[-1] if made else "")
 
 
 def _replace(rewriter: Rewriter, site: Site) -> SiteRecord:
@@ -206,6 +217,8 @@ def count(record: GraphRecord) -> None:
             counters["not_attention"] += 1
             continue
         counters["fused" if site.fused else "refused"] += 1
+        if site.also_made:
+            counters[f"{site.also_made} also made"] += 1
         log.info("%s %s", "fused" if site.fused else "left alone", site.where or site.anchor)
         log.debug("%s", site.spec.score.pretty() if site.spec else site.refusal)
 

@@ -14,7 +14,8 @@ class SiteRecord:
 
     `where` is the user's line (`model.py:88`), `path` the same with the whole path. `captures` are the user's names of
     the tensors that the score reads. `region` names the captured graph's nodes that were replaced or, of a refusal,
-    those where the search started and stopped.
+    those where the search started and stopped. `also_made`: "probabilities" or "scores" where the original code still
+    computes them because something else uses them.
     """
 
     anchor: str
@@ -27,6 +28,7 @@ class SiteRecord:
     device: str = ""
     captures: tuple[str, ...] = ()
     region: tuple[str, ...] = ()
+    also_made: str = ""
 
     @property
     def fused(self) -> bool:

@@ -44,10 +44,6 @@ _ROWS = (
     Code("FF207", "head dim", "Kernels exist for head dims from 1 to 256.", "Use a smaller head_dim."),
     Code("FF208", "device", "There is no kernel for this device.", "Use an NVIDIA GPU or the CPU."),
     # 3xx: values that others need
-    Code("FF301", "probabilities used elsewhere", "The attention probabilities are also used outside the attention, so "
-         "they must exist in memory.", "Return them only when asked for (need_weights=False, output_attentions=False)."),
-    Code("FF302", "scores used elsewhere", "The scores are also used outside the attention, so they must exist in memory.",
-         "Do not keep the scores."),
     Code("FF303", "written in place", "A tensor of the attention is written in place before the attention is finished.",
          "Write into a copy, or after the attention."),
     Code("FF304", "input not reachable", "An input of the attention has no counterpart in the captured graph.",

@@ -95,7 +95,9 @@ def site_facts(site: SiteRecord) -> list[tuple[str, str]]:
     if _ROWS[spec.empty_rows]:
         facts.append(("rows", _ROWS[spec.empty_rows]))
     facts.append(("kernel", kernel_text(site, spec)))
-    saved = saved_text(site)
+    if site.also_made:
+        facts.append(("also", f"{site.also_made} are used elsewhere too; the original code still computes them"))
+    saved = "" if site.also_made else saved_text(site)
     if saved:
         facts.append(("saved", f"{saved} of scores not written"))
     return facts

@@ -73,12 +73,27 @@ class Rewriter:
         """What gives a captured node's result in the new graph; None if nothing does any more."""
         return self.replaced.get(node) or (None if self.copies[node]._erased else self.copies[node])
 
+    def sweep(self) -> None:
+        """Erase added calls that nothing uses. Only once all matches are replaced: a later one may use them."""
+        for node in reversed(list(self.graph.nodes)):
+            functional = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+            if node in self.originals or node.users or not functional:
+                continue
+            if torch.Tag.nondeterministic_seeded not in node.target.tags or _is_idle_dropout(node):  # type: ignore[union-attr]
+                self.graph.erase_node(node)
+
+    def still_made(self, node: fx.Node) -> bool:
+        """Whether the original code still makes a value of the normal form, after `sweep`."""
+        made_by = self.form.produced[node]
+        found = self.added.get(node) if made_by in self.expanded else self.copies[made_by]
+        return found is not None and not found._erased
+
     def fence(self, anchor: fx.Node) -> bool:
         """Hide a softmax's result from Inductor's own attention matcher. False if the graph does not name it."""
         origins = [
             o for o in self.form.origins.get(anchor, ()) if o.node is self.form.produced.get(anchor) and not o.path
         ]
-        if not origins or self.copies[origins[0].node].graph is not self.graph:
+        if not origins or self.copies[origins[0].node]._erased:
             return False
         target = self.copies[origins[0].node]
         with self.graph.inserting_after(target):

@@ -25,8 +25,7 @@ def attention(q, k, v):
 
 
 def refused(q, k, v):
-    p = (q @ k.mT * 0.25).softmax(-1)
-    return p @ v, p
+    return (q @ k.mT * 0.25).softmax(-1).cumprod(-1) @ v
 
 
 def qkv(length: int = 8) -> tuple[torch.Tensor, ...]:
@@ -91,7 +90,7 @@ def test_the_rewritten_graph_holds_no_dead_attention():
 
 
 def test_strict_turns_a_refusal_into_an_error_with_the_line():
-    with pytest.raises(Exception, match=r"test_backend.py:\d+.*FF301"):
+    with pytest.raises(Exception, match=r"test_backend.py:\d+.*FF401"):
         compiled(refused, strict=True)(*qkv())
     compiled(attention, strict=True)(*qkv())
 

@@ -24,8 +24,7 @@ def attention(q, k, v):
 
 
 def refused(q, k, v):
-    p = (q @ k.mT * 0.25).softmax(-1)
-    return p @ v, p
+    return (q @ k.mT * 0.25).softmax(-1).cumprod(-1) @ v
 
 
 def windowed(q, k, v, bias, padding):
@@ -101,13 +100,13 @@ def test_the_block_map_is_the_mask_itself():
 def test_explain_tells_why_not():
     report = flashfuse.explain(refused, *qkv())
     (found,) = report.refusals
-    assert found.code == "FF301"
+    assert found.code == "FF401"
     text = str(report)
     assert "LEFT ALONE  test_report.py:" in text
     assert "reached softmax; then stopped" in text
     assert "hint" in text
-    assert "why FF301" in text
-    assert json.loads(report.to_json())["sites"][0]["code"] == "FF301"
+    assert "why FF401" in text
+    assert json.loads(report.to_json())["sites"][0]["code"] == "FF401"
 
 
 def test_equal_layers_are_shown_once():
