@@ -1,4 +1,4 @@
-"""How Inductor compiles flashfuse's operators: the attention as a direct call, the fence as nothing at all.
+"""How Inductor compiles flashfuse's operators: the attention as a direct call, the fence as a copy that fuses away.
 
 Without these every operator would still run, through torch's dispatcher, some 10 to 30 microseconds later at each call.
 Inductor's lowerings are no public interface, so whatever is not as expected leaves Inductor's own way in place.
@@ -20,10 +20,13 @@ def register_lowerings() -> bool:
     import flashfuse.attention_op  # noqa: F401 -- defines the operators
 
     try:
-        from torch._inductor.lowering import register_lowering
+        from torch._inductor.lowering import lowerings, register_lowering
     except ImportError:
         return False
-    register_lowering(torch.ops.flashfuse.fence.default, type_promotion_kind=None)(lambda x: x)
+    # A copy that fuses into what made x. Not x itself: a graph may return x and save the fenced one, whose memory the
+    # backward then takes for its own and overwrites.
+    clone = lowerings[torch.ops.aten.clone.default]
+    register_lowering(torch.ops.flashfuse.fence.default, type_promotion_kind=None)(lambda x: clone(x))
     for name, function in DIRECT_CALLS.items():
         _register_direct_call(getattr(torch.ops.flashfuse, name).default, function)
     return True
