@@ -24,7 +24,10 @@ def qkv(m: int = S, n: int = S, heads: int = H, kv_heads: int | None = None, e: 
 
 @dataclass(frozen=True)
 class Spelling:
-    """`score` and `keeps`: the expected formulas (None: no mask). `gradients`: which inputs are differentiated."""
+    """`score` and `keeps`: the expected formulas (None: no mask). `gradients`: which inputs are differentiated.
+
+    `exact`: the same attention without narrow dtypes written into the code, for a float64 reference.
+    """
 
     name: str
     function: Callable[..., torch.Tensor]
@@ -33,6 +36,7 @@ class Spelling:
     keeps: str | None = None
     rows: str = "impossible"
     gradients: tuple[int, ...] = (0, 1, 2)
+    exact: Callable[..., torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

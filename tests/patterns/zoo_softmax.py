@@ -164,7 +164,7 @@ def softmax_module(q, k, v):
     return torch.nn.Softmax(dim=3)(_scores(q, k)) @ v
 
 
-@spelling()
+@spelling(exact=softmax_module)
 def half_island(q, k, v):
     return _scores(q, k).half().softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
