@@ -55,7 +55,9 @@ def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]
         return [_guarded(node, lambda: _read_sdpa(node, flow, sdpa))]
     try:
         softmax = recognise(node)
-        ways = [] if softmax is None else find_ways(softmax)
+        if softmax is None:
+            return []
+        ways = find_ways(softmax)
     except Refused as refused:
         return [refusal(node, refused)]
     return [_guarded(node, partial(read_softmax, softmax, way, flow)) for way in ways]
