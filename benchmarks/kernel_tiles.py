@@ -49,8 +49,8 @@ def attempts(mask: str, head_dim: int, length: int):
     batch, heads = 16384 // length, 2048 // head_dim
     q, k, v, do = (torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     captures = [torch.randint(0, 12, (batch, length), device="cuda").sort(1).values] if mask == "document" else []
-    spec, out = spec_of(mask), torch.empty_like(q)
-    stats = launch.forward(spec, q, k, v, captures, [], out)
+    spec = spec_of(mask)
+    out, stats = launch.forward(spec, q, k, v, captures, [])
     call = launch.Call(spec, q, k, v, captures, [])
     call.out, call.grad_out, call.stats, call.delta = out, do, stats, torch.zeros_like(stats[0])
     launchers = {
@@ -70,11 +70,11 @@ def whole(mask: str, head_dim: int, length: int):
     batch, heads = 16384 // length, 2048 // head_dim
     q, k, v, do = (torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     captures = [torch.randint(0, 12, (batch, length), device="cuda").sort(1).values] if mask == "document" else []
-    spec, out = spec_of(mask), torch.empty_like(q)
-    stats = launch.forward(spec, q, k, v, captures, [], out)
+    spec = spec_of(mask)
+    out, stats = launch.forward(spec, q, k, v, captures, [])
     needs = [False] * len(captures)
     for direction, run in (
-        ("forward", lambda: launch.forward(spec, q, k, v, captures, [], out)),
+        ("forward", lambda: launch.forward(spec, q, k, v, captures, [])),
         ("backward", lambda: launch.backward(spec, do, q, k, v, out, stats, captures, [], needs)),
     ):
         yield direction, triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")

@@ -21,7 +21,7 @@ from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
 from flashfuse.codegen.range_tables import RangeTables
 from flashfuse.codegen.replay import Recording, repeated
-from flashfuse.errors import InternalError
+from flashfuse.errors import InternalError, UnsupportedError
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 
 MAX_HEAD_DIM = 256
@@ -62,32 +62,37 @@ def forward(
     value: Tensor,
     captures: Sequence[Tensor],
     sizes: Sequence[int],
-    out: Tensor,
-) -> Tensor:
-    """Fill `out` `[B, H, M, E]` (any strides) and return the row statistics `[planes, B, H, M]` in float32."""
+    layout: str = "bhme",
+) -> tuple[Tensor, Tensor]:
+    """out `[B, H, M, E]`, in memory in the order of `layout`, and the float32 row statistics `[planes, B, H, M]`.
 
-    def run(recording: Recording | None) -> list[Tensor]:
+    Raises UnsupportedError where the kernels cannot run.
+    """
+
+    def run(recording: Recording | None) -> Sequence[Tensor]:
         call = Call(spec, query, key, value, captures, sizes, recording)
         with call.device():
-            return [_run_forward(call, out)]
+            return _run_forward(call, layout)
 
-    identity = (spec.key, "forward", tuple(sizes), *_settings())
-    return repeated(identity, (query, key, value, out, *captures), query.device, run)[0]
+    identity = (spec.key, "forward", layout, tuple(sizes), _precision(query))
+    out, stats = repeated(identity, (query, key, value, *captures), query.device, run)
+    return out, stats
 
 
-def _run_forward(call: Call, out: Tensor) -> Tensor:
+def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
+    out = call.empty((call.B, call.H, call.M, call.E), call.value.dtype, layout)
     stats = call.empty((call.spec.planes, call.B, call.H, call.M), torch.float32)
     if stats.numel() == 0 or call.N == 0:
         call.cannot_repeat()
-        out.zero_()
-        return stats.fill_(float("inf"))
+        return out.zero_(), stats.fill_(float("inf"))
     target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
     call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
     if call.low_rows:
         call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
     if target is not out:
+        call.cannot_repeat()
         out.copy_(target)
-    return stats
+    return out, stats
 
 
 def backward(
@@ -102,7 +107,10 @@ def backward(
     sizes: Sequence[int],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of query, key, value and of each capture that `needs` names, in order."""
+    """Gradients of query, key, value and of each capture that `needs` names, in order.
+
+    Raises UnsupportedError where the kernels cannot run.
+    """
     wanted = [number for number, needed in enumerate(needs) if needed]
 
     def run(recording: Recording | None) -> list[Tensor]:
@@ -114,7 +122,7 @@ def backward(
         with call.device():
             return _run_backward(call, out, wanted)
 
-    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), *_settings())
+    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query))
     return list(repeated(identity, (query, key, value, out, stats, grad_out, *captures), query.device, run))
 
 
@@ -163,6 +171,9 @@ class Call:
         sizes: Sequence[int],
         recording: Recording | None = None,
     ) -> None:
+        reason = unsupported(query, key, value)
+        if reason is not None:
+            raise UnsupportedError(reason)
         self.spec = spec
         self.recording = recording
         self.query, self.key, self.value = (_last_contiguous(tensor) for tensor in (query, key, value))
@@ -177,16 +188,16 @@ class Call:
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
         self.low_rows = self.masked and spec.planes == 2
-        (precision,) = _settings()
         self.constants = {
             "D": self.D, "E": self.E, "D_PAD": self.padded[0], "E_PAD": self.padded[1],
-            "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": precision,
+            "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": _precision(query),
         }  # fmt: skip
         self.tables = RangeTables(self)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A new uninitialised tensor on the call's device."""
-        return self._noted(torch.empty(shape, dtype=dtype, device=self.query.device))
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "") -> Tensor:
+        """A new uninitialised tensor on the call's device; `[B, H, M, E]` in memory in the order of `layout`, if given."""
+        order = ["bhme".index(letter) for letter in layout] or list(range(len(shape)))
+        return self._noted(torch.empty_permuted(shape, order, dtype=dtype, device=self.query.device))
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """A new uninitialised tensor in the layout of another, where that is dense and has a unit last stride."""
@@ -283,10 +294,12 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _settings() -> tuple[str]:
-    """What torch's global settings decide: the precision of float32 products."""
+def _precision(query: Tensor) -> str:
+    """How products are computed: for float32 as torch's global settings ask, for 16 bits there is one way."""
+    if query.dtype is not torch.float32:
+        return "tf32"
     exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    return ("tf32x3" if exact else "tf32",)
+    return "tf32x3" if exact else "tf32"
 
 
 def _options(tile: Tile) -> dict[str, int]:

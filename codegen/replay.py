@@ -19,6 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from torch._C._dynamo.guards import _empty_strided_cuda  # what Inductor's own code calls, half the time of the public one
+except ImportError:
+
+    def _empty_strided_cuda(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
 _KNOWN_CALL = "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,"
 
 
@@ -143,8 +151,8 @@ class Replay:
     results: tuple[Slot, ...]
 
     def __call__(self, given: Sequence[Tensor], addresses: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Run on the current stream of the current device, which must be `device`; returns the results."""
-        scratch = [torch.empty_strided(each.shape, each.strides, dtype=each.dtype, device=device) for each in self.allocations]
+        """Run on the current stream of the current CUDA device, which must be `device`; returns the results."""
+        scratch = [_empty_strided_cuda(each.shape, each.strides, each.dtype) for each in self.allocations]
         places = [tensor.data_ptr() for tensor in scratch]
         stream = _driver().get_current_stream(device.index)
         for launch in self.launches:
@@ -158,7 +166,10 @@ _seen: set[Any] = set()
 
 def signature(tensors: Sequence[Tensor], addresses: Sequence[int]) -> tuple[Any, ...]:
     """All that Triton's specialisation looks at."""
-    return tuple([(t.shape, t.stride(), t.dtype, at & 15) for t, at in zip(tensors, addresses, strict=True)])
+    facts: list[Any] = []
+    for tensor, address in zip(tensors, addresses, strict=True):
+        facts += (tensor.shape, tensor.stride(), tensor.dtype, address & 15)
+    return tuple(facts)
 
 
 def repeated(

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashfuse.errors import FlashfuseError, StrictError
+from flashfuse.errors import FlashfuseError, StrictError, UnsupportedError
 from flashfuse.ir.attention_spec import AttentionSpec, from_text, plain_load_letters
 
 _library = torch.library.Library("flashfuse", "DEF")
@@ -51,9 +52,11 @@ def run_forward(
     """Attention of a spec: out `[B, H, M, E]` in value's dtype, laid out in memory in the order of `layout`, and the
     float32 row statistics `[planes, B, H, M]` that the backward needs."""
     meaning = from_text(spec)
+    found = _run_kernels(meaning, "forward", query.is_cuda, query, key, value, captures, sizes, layout)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
     out = _empty_out(query, value, layout)
-    stats = _run(meaning, "forward", (query, key, value), query, key, value, captures, sizes, out)
-    return out, stats
+    return out, _run_in_torch(meaning, "forward", query, key, value, captures, sizes, out)
 
 
 def run_backward(
@@ -69,10 +72,10 @@ def run_backward(
     spec: str,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and of each capture whose entry of `needs` is True, in this order."""
-    found = _run(
-        from_text(spec), "backward", (query, key, value),
-        grad_out, query, key, value, out, stats, captures, sizes, tuple(needs),
-    )  # fmt: skip
+    meaning, arguments = from_text(spec), (grad_out, query, key, value, out, stats, captures, sizes, tuple(needs))
+    found = _run_kernels(meaning, "backward", query.is_cuda, *arguments)
+    if found is None:
+        found = _run_in_torch(meaning, "backward", *arguments)
     inputs = _differentiated(query, key, value, captures, needs)
     return [_laid_out_like(own, tensor) for own, tensor in zip(found, inputs, strict=True)]
 
@@ -99,17 +102,14 @@ def _differentiated(
     return [query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted)]
 
 
-def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> Any:
-    """Run on the Triton kernels, or on the chunked path where they cannot run. A failing kernel warns once a spec."""
-    query = tensors[0]
-    if (not query.is_cuda and os.environ.get("FLASHFUSE_INTERPRET") != "1") or (spec.key, direction) in _failed:
-        return _run_in_torch(spec, direction, *arguments)
+def _run_kernels(spec: AttentionSpec, direction: str, on_cuda: bool, *arguments: Any) -> Any:
+    """What the Triton kernels give, or None where they cannot run. A failing kernel warns once a spec."""
+    if not (on_cuda or os.environ.get("FLASHFUSE_INTERPRET") == "1") or (spec.key, direction) in _failed:
+        return None
     try:
-        from flashfuse.codegen import launch
-
-        reason = launch.unsupported(*tensors)
-        if reason is None:
-            return getattr(launch, direction)(spec, *arguments)
+        return getattr(_launch(), direction)(spec, *arguments)
+    except UnsupportedError as error:
+        reason = str(error)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if os.environ.get("FLASHFUSE_STRICT") == "1":
@@ -117,7 +117,14 @@ def _run(spec: AttentionSpec, direction: str, tensors: tuple[Tensor, Tensor, Ten
         if not isinstance(error, torch.OutOfMemoryError):
             _failed[spec.key, direction] = reason
     _warn_once(spec, direction, reason)
-    return _run_in_torch(spec, direction, *arguments)
+    return None
+
+
+@cache
+def _launch() -> Any:
+    from flashfuse.codegen import launch
+
+    return launch
 
 
 def _run_in_torch(spec: AttentionSpec, direction: str, *arguments: Any) -> Any:

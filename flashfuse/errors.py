@@ -17,3 +17,7 @@ class StrictError(FlashfuseError):
 
 class InternalError(FlashfuseError):
     """An invariant of flashfuse does not hold. The backend turns it into a fallback with one warning."""
+
+
+class UnsupportedError(FlashfuseError):
+    """Kernels cannot run on these tensors; the message says why. The operator then runs without them."""

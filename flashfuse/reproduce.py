@@ -145,8 +145,7 @@ def run_kernel(
         raise SystemExit(f"cannot run here: {reason}. Without a GPU: TRITON_INTERPRET=1 python {file}")
     meaning = from_text(spec)
     load.use_file(meaning, Path(file))
-    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=value.dtype, device=query.device)
-    launch.forward(meaning, query, key, value, captures, sizes, out)
+    out, _stats = launch.forward(meaning, query, key, value, captures, sizes)
     return _against_formula(meaning, out, query, key, value, captures, sizes)
 
 
