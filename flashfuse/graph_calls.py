@@ -20,6 +20,7 @@ from flashfuse.refusal import Refused
 if TYPE_CHECKING:
     from flashfuse.rewrite import Rewriter
 
+_OF_THE_USER = ("stack_trace", "nn_module_stack")  # what says to whose line and module a node belongs
 _MOST_ADDED = 64  # ATen calls added for one input; more would mean recomputing part of the model
 
 
@@ -34,7 +35,7 @@ class GraphCalls:
 
     def __post_init__(self) -> None:
         self.made: list[fx.Node] = []
-        self.meta = {key: self.blame.meta[key] for key in ("stack_trace",) if key in self.blame.meta}
+        self.meta = {key: self.blame.meta[key] for key in _OF_THE_USER if key in self.blame.meta}
 
     def undo(self) -> None:
         """Take back every call that was added."""
@@ -86,7 +87,7 @@ class GraphCalls:
         args = fx.map_arg(node.args, self.argument)
         kwargs = fx.map_arg(node.kwargs, self.argument)
         made = self.call(node.target, *args, **kwargs)
-        made.meta.update({key: node.meta[key] for key in ("stack_trace",) if key in node.meta})
+        made.meta.update({key: node.meta[key] for key in _OF_THE_USER if key in node.meta})
         return made
 
     def argument(self, node: fx.Node) -> Any:

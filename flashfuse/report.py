@@ -9,11 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from flashfuse.drawing import Drawing, draw
 from flashfuse.options import parse
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal
@@ -24,12 +25,14 @@ from flashfuse.report_text import mask_of, saved_bytes, site_facts, site_map, si
 class Report:
     """What was found in each compiled graph. `str(report)` is the text for people.
 
-    `error` is what the model itself raised, `breaks` why its capture was broken off, each with a number of times.
+    `error` is what the model itself raised, `breaks` why its capture was broken off, each with a number of times;
+    `drawings` are the graphs before and after.
     """
 
     graphs: tuple[GraphRecord, ...]
     error: str = ""
     breaks: tuple[tuple[str, int], ...] = ()
+    drawings: tuple[tuple[Drawing, Drawing], ...] = field(default=(), repr=False)
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -66,6 +69,17 @@ class Report:
         }  # fmt: skip
         return json.dumps(value, indent=2)
 
+    def to_html(self) -> str:
+        """The report as one page that needs nothing else: no network, no other file."""
+        from flashfuse.page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from flashfuse.page import framed
+
+        return framed(self.to_html())
+
     def __str__(self) -> str:
         paragraphs = [f"{versions()}\n{self.summary}", *site_paragraphs(self.sites)]
         paragraphs += [f"A graph could not be read: {failure}" for failure in self.failures]
@@ -99,9 +113,12 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
 
     chosen = parse(options, None)
     graphs: list[GraphRecord] = []
+    drawings: list[tuple[Drawing, Drawing]] = []
 
     def read_only(module: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(fuse(module, chosen).record)
+        result = fuse(module, chosen)
+        graphs.append(result.record)
+        drawings.append(draw(result))
         return module.forward
 
     error = ""
@@ -110,7 +127,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
             torch.compile(getattr(model, "_orig_mod", model), backend=read_only)(*args, **kwargs)
         except Exception as raised:
             error = _in_words(raised)
-    return Report(tuple(graphs), error, tuple(breaks.items()))
+    return Report(tuple(graphs), error, tuple(breaks.items()), tuple(drawings))
 
 
 def _in_words(error: BaseException) -> str:

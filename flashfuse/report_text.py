@@ -72,7 +72,7 @@ def _fused_lines(label: str, site: SiteRecord, *, several: bool) -> list[str]:
 
 
 def site_facts(site: SiteRecord) -> list[tuple[str, str]]:
-    """(word, text) pairs about a fused site: score, mask, reads, heads, rows, kernel, saved."""
+    """(word, text) pairs about a fused site: score, mask, sink, weight, reads, heads, rows, kernel, saved."""
     spec = site.spec
     if spec is None:
         return []

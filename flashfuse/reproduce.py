@@ -176,19 +176,29 @@ def plain_attention(
         for letter, length in letters.items()
     }
 
-    def leaf(statement: Any, operands: list[Any]) -> Any:
-        if statement.op == "score":
-            return scores
-        if statement.op == "index":
-            return index[statement.attribute]
-        if statement.op == "length":
-            return letters[statement.attribute.lower()]
-        if statement.op == "size":
-            return sizes[statement.attribute]
-        return element(captures[statement.attribute], statement.kind, operands, torch.float64)
+    def value_of(program: Any, **own: torch.Tensor) -> torch.Tensor:
+        def leaf(statement: Any, operands: list[Any]) -> Any:
+            if statement.op in own:
+                return own[statement.op]
+            if statement.op == "index":
+                return index[statement.attribute]
+            if statement.op == "length":
+                return letters[statement.attribute.lower()]
+            if statement.op == "size":
+                return sizes[statement.attribute]
+            return element(captures[statement.attribute], statement.kind, operands, torch.float64)
 
-    final = evaluate(meaning.score, leaf, torch.float64)[0]
-    return torch.broadcast_to(final, scores.shape).softmax(-1) @ value
+        return torch.as_tensor(evaluate(program, leaf, torch.float64)[0], dtype=torch.float64)
+
+    final = value_of(meaning.score, score=scores).broadcast_to(scores.shape)
+    if meaning.sink is not None:
+        sink = value_of(meaning.sink).broadcast_to(*scores.shape[:3], 1)
+        probabilities = torch.cat([final, sink], -1).softmax(-1)[..., :-1]
+    else:
+        probabilities = final.softmax(-1)
+    if meaning.weight is not None:
+        probabilities = value_of(meaning.weight, probability=probabilities)
+    return probabilities @ value
 
 
 def _outcome(

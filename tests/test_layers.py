@@ -24,7 +24,8 @@ LAYERS = (
      "flashfuse.stages"),
     ("flashfuse.inductor_lowerings", "flashfuse.graph_source", "flashfuse.reproduce", "flashfuse.dump"),
     ("flashfuse.backend",),
-    ("flashfuse.report",),
+    ("flashfuse.drawing",),
+    ("flashfuse.report", "flashfuse.page"),
     ("flashfuse.doctor", "flashfuse.command_line", "flashfuse.__main__"),
     ("flashfuse",),
 )
