@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from flashfuse.patterns.sdpa import SDPA, read_sdpa
 from flashfuse.patterns.softmax import recognise
 from flashfuse.refusal import Refusal, Refused
 
+log = logging.getLogger("flashfuse")
 aten = torch.ops.aten
 _OPAQUE = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
 
@@ -43,8 +45,17 @@ def find_attention(graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool],
         Site(node, user_line(node), found)
         for node in graph.nodes
         if node.op == "call_function"
-        for found in _read(node, flow, sdpa)
+        for found in _read_safely(node, flow, sdpa)
     ]
+
+
+def _read_safely(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]:
+    """`_read`; a failure of flashfuse itself costs this one node (FF501), not the graph."""
+    try:
+        return _read(node, flow, sdpa)
+    except Exception as error:
+        log.info("a node could not be read", exc_info=True)
+        return [refusal(node, Refused("FF501", node, f"{type(error).__name__}: {error}"))]
 
 
 def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]:

@@ -20,7 +20,7 @@ from torch import fx
 
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
+from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape
 from flashfuse.patterns.exponential import exponent, exponential_nodes
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
@@ -133,15 +133,15 @@ def _inverted(factor: Any) -> Any:
     if not is_tensor(factor):
         return None
     source, _passed = same_elements(factor)
-    if source.target is aten.mul.Tensor and source.args[1] == 1:  # `1.0 / x` is x.reciprocal() * 1.0
-        return _inverted(source.args[0])
-    if source.target is aten.reciprocal.default:
-        return source.args[0]
-    if source.target is aten.pow.Tensor_Scalar and source.args[1] == -1:
-        return source.args[0]
-    if source.target is aten.div.Tensor and value_of(source.args[0]) == 1 and is_tensor(source.args[1]):
-        return source.args[1]
-    return None
+    first, second = (*source.args, None, None)[:2]
+    if source.target is aten.mul.Tensor and _is_number(second, 1):  # `1.0 / x` is x.reciprocal() * 1.0
+        return _inverted(first)
+    inverts = source.target is aten.reciprocal.default or (source.target is aten.pow.Tensor_Scalar and _is_number(second, -1))
+    return first if inverts else None
+
+
+def _is_number(x: Any, number: int) -> bool:
+    return isinstance(x, (int, float)) and x == number
 
 
 def _normalised(node: fx.Node, tensor: Any, divisor: Any) -> Softmax | None:

@@ -9,10 +9,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+import zoo_scores
 import zoo_softmax
 from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spelling, near_miss, qkv, spelling
 
-__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_softmax"]
+__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_softmax"]
 
 # ------------------------------------------------------------------------------------------------ scale in every place
 
