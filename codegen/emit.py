@@ -17,7 +17,7 @@ from flashfuse.ir.attention_spec import AttentionSpec
 KERNELS = Path(__file__).parent / "kernels"
 _PACKAGE = "flashfuse.codegen.kernels"
 _BEFORE = ("maths",)
-_AFTER = ("tiles", "forward", "backward", "capture_gradient", "block_table")
+_AFTER = ("tiles", "forward", "decode", "backward", "capture_gradient", "block_table")
 
 
 @lru_cache(maxsize=256)

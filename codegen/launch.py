@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from flashfuse.codegen import decode
 from flashfuse.codegen.capture_gradients import capture_gradients
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
@@ -86,7 +87,11 @@ def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
         call.cannot_repeat()
         return out.zero_(), stats.fill_(float("inf"))
     target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
+    split = decode.split_of(call)
+    if split is not None:
+        decode.run(call, split, target, stats)
+    else:
+        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
     if call.low_rows:
         call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
     if target is not out:

@@ -35,6 +35,7 @@ class KernelPlan:
     grad_query: tuple[Tile, ...]
     grad_key_value: tuple[Tile, ...]
     grad_capture: tuple[Tile, ...]
+    decode: tuple[Tile, ...]  # `block_m` is the least
 
 
 _T = Tile
@@ -88,7 +89,8 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
 }  # fmt: skip
 
 _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
-_INTERPRETER = KernelPlan(*((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),)))
+_DECODE = (_T(16, 64, 4, 3), _T(16, 32, 4, 2), _T(16, 16, 4, 1))
+_INTERPRETER = KernelPlan((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),), (_T(16, 32, 1, 1),))
 
 
 @lru_cache(maxsize=256)
@@ -104,4 +106,4 @@ def kernel_plan(
     bucket = next(size for size in (64, 128, 256) if head_dim <= size)
     identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
     forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[identity])
-    return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 8, 1), *_LAST))
+    return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 8, 1), *_LAST), _DECODE)

@@ -78,6 +78,34 @@ def attend(
 
 
 @triton.jit
+def finish(
+    acc, total, top, out, out_m, stats, plane, inside, low_rows,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Divide by the rows' sums, and store the rows that are `inside` (LOW: and low) with their statistics."""
+    if LOW:
+        inside = inside & low_rows
+        sums = tl.log(total)
+        tl.store(stats + plane, tl.where(total != total, total, top), mask=inside)
+    else:
+        top = top * SCALE
+        sums = top + tl.log(total)
+        if PLANES == 2:
+            low_rows = ((top > LOW_SCORE) == 0) | (total != total)
+            shift = tl.where(low_rows, tl.where(total != total, total, top), 0.0)
+            if not HAS_MASK:
+                sums = tl.where(low_rows, 0.0, top) + tl.log(total)
+            tl.store(stats + plane, shift, mask=inside)
+    if EMPTY_ZERO:
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        sums = tl.where(empty, float("inf"), sums)
+    store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
+    tl.store(stats, sums, mask=inside)
+
+
+@triton.jit
 def flashfuse_forward(
     query, key, value, out, stats, table, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
@@ -137,23 +165,7 @@ def flashfuse_forward(
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION, BRANCH,
     )  # fmt: skip
 
-    inside = row < M
-    if LOW:
-        inside = inside & low_rows
-        sums = tl.log(total)
-        tl.store(stats + plane, tl.where(total != total, total, top), mask=inside)
-    else:
-        top = top * SCALE
-        sums = top + tl.log(total)
-        if PLANES == 2:
-            low_rows = ((top > LOW_SCORE) == 0) | (total != total)
-            shift = tl.where(low_rows, tl.where(total != total, total, top), 0.0)
-            if not HAS_MASK:
-                sums = tl.where(low_rows, 0.0, top) + tl.log(total)
-            tl.store(stats + plane, shift, mask=inside)
-    if EMPTY_ZERO:
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        sums = tl.where(empty, float("inf"), sums)
-    store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
-    tl.store(stats, sums, mask=inside)
+    finish(
+        acc, total, top, out, out_m, stats, plane, row < M, low_rows,
+        E, E_PAD, BLOCK_M, HAS_MASK, PLANES, EMPTY_ZERO, LOW,
+    )  # fmt: skip

@@ -54,6 +54,7 @@ def main() -> None:
 
     launch.kernel_plan = plan  # type: ignore[assignment]
     launch.interpreting = lambda: False
+    launch.unsupported = lambda *tensors: None
     for case in CASES:
         if case.name not in sys.argv[3:] and sys.argv[3:] != ["all"]:
             continue

@@ -36,8 +36,12 @@ KERNELS = {
     "forward_low": "flashfuse_forward",
     "grad_query_low": "flashfuse_grad_query",
     "grad_key_value_low": "flashfuse_add_low_queries",
+    "decode": "flashfuse_decode",
 }
-_POINTERS = {"stats": "*fp32", "delta": "*fp32", "partial": "*fp32", "flags": "*i32", "table": "*i32", "grad": "*fp32"}
+_POINTERS = {
+    **dict.fromkeys(("parts", "part_stats", "stats", "delta", "partial", "grad"), "*fp32"),
+    **dict.fromkeys(("flags", "table"), "*i32"),
+}
 _TYPES = {Kind.FLOAT: "*fp32", Kind.INT: "*i64", Kind.BOOL: "*i8"}
 
 
@@ -122,7 +126,7 @@ def compile_kernel(
         else:
             signature[name] = "i32"
     aligned = [["tt.divisibility", 16]]
-    unaligned = {"H", "GROUP", "kept_h", "summed_b", "summed_h", "flag_blocks"}
+    unaligned = {"H", "GROUP", "kept_h", "summed_b", "summed_h", "flag_blocks", "splits", "pack", "rows"}
     attributes = {
         (place,): aligned
         for place, name in enumerate(function.arg_names)

@@ -26,6 +26,8 @@ MAX_SPILL = 192  # bytes a thread: what the launcher accepts, `launch._MAX_SPILL
         ("sm_90", "bf16", 64, "causal_low", ("forward",)),
         ("sm_90", "bf16", 64, "documents", ("forward",)),
         ("sm_90", "bf16", 64, "bias", ("grad_capture",)),
+        ("sm_90", "bf16", 128, "causal_low", ("decode",)),
+        ("sm_80", "fp16", 128, "plain", ("decode",)),
         ("sm_90", "bf16", 64, "dropout", ()),
         ("sm_90", "bf16", 64, "sinks", ("forward",)),
         ("sm_90", "fp32", 64, "causal", ("forward",)),
@@ -44,7 +46,7 @@ def test_compiles_without_spills(
     for report in reports:
         assert report["spill"] <= MAX_SPILL, report
         assert not report["advisories"], report
-        assert report["wgmma"] > 0 or target != "sm_90" or dtype == "fp32", report
+        assert report["wgmma"] > 0 or target != "sm_90" or dtype == "fp32" or report["kernel"] == "decode", report
 
 
 def test_real_launches_compile(tmp_path: Path) -> None:
