@@ -12,6 +12,7 @@ from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.ranges import Bounded, Certainty
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement
+from flashfuse.ir.score_words import mask_words, score_words
 
 _AT = "b, h, m, n, inside_m, inside_n, M, N, inputs"
 _AT_ROW = "b, h, m, inside_m, M, N, inputs"
@@ -66,6 +67,16 @@ def splice_text(spec: AttentionSpec) -> str:
     return "\n\n\n".join(_Writer(spec).parts()) + "\n"
 
 
+def kernel_labels(spec: AttentionSpec) -> tuple[str, ...]:
+    """What a spec's kernels are called after: its mask, its score, its weight; at most four words, no scale."""
+    labels = () if spec.split.keep is None else mask_words(spec.split.keep).labels
+    labels += score_words(spec.split.kept).labels
+    labels += () if spec.sink is None else ("sink",)
+    if spec.weight is not None:
+        labels += ("dropout" if spec.weight.uses("random_bits") else "weight",)
+    return tuple(dict.fromkeys(labels))[:4]
+
+
 class _Writer:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -78,10 +89,16 @@ class _Writer:
     def parts(self) -> list[str]:
         """The text blocks."""
         return [
-            self.constants(), *self.scores(), *self.raw_gradients(), self.sink(), *self.weights(), *self.ranges(),
+            self.constants(), self.named(), *self.scores(), *self.raw_gradients(), self.sink(), *self.weights(), *self.ranges(),
             *self.sums("row", self.gradients.row), *self.sums("column", self.gradients.column),
             self.tile_gradient(), *self.bounds(), self.certainty(),
         ]  # fmt: skip
+
+    def named(self) -> str:
+        """The function that names kernels for profilers: `flashfuse_forward_causal_softcap_d128`."""
+        words = "_".join(kernel_labels(self.spec)) or "plain"
+        name = f"{{kernel}}_{words}_d{{made_for.constants.get('D', 0)}}"
+        return f'def named(kernel):\n    return lambda made_for: f"{name}"'
 
     def constants(self) -> str:
         scale = 1.0 if self.scale is None else self.scale

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.commentary import tell
 from flashfuse.errors import StrictError
 from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
@@ -50,6 +51,7 @@ def flashfuse(
         _insist(result.record)
     compiled = compile_inner(result.module, example_inputs, chosen)
     count(result.record)  # only now: Dynamo may give this capture up and start over
+    tell(result)
     return compiled
 
 
@@ -210,7 +212,7 @@ def _with_subgraphs(module: fx.GraphModule, inner: dict[fx.Node, dict[str, Fused
 
 
 def count(record: GraphRecord) -> None:
-    """Add a compiled graph's sites to torch._dynamo.utils.counters["flashfuse"] and to the log."""
+    """Add a compiled graph's sites to torch._dynamo.utils.counters["flashfuse"]."""
     counters = torch._dynamo.utils.counters["flashfuse"]
     for site in record.sites:
         if site.refusal is not None and site.refusal.code == "FF101":
@@ -219,8 +221,6 @@ def count(record: GraphRecord) -> None:
         counters["fused" if site.fused else "refused"] += 1
         if site.also_made:
             counters[f"{site.also_made} also made"] += 1
-        log.info("%s %s", "fused" if site.fused else "left alone", site.where or site.anchor)
-        log.debug("%s", site.spec.score.pretty() if site.spec else site.refusal)
 
 
 def _insist(record: GraphRecord) -> None:

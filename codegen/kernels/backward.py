@@ -22,6 +22,7 @@ from flashfuse.codegen.kernels.plain_score import (
     kept_score,
     key_range,
     load_column_sums,
+    named,
     query_range,
     score,
     score_gradient,
@@ -118,7 +119,7 @@ def descend_keys(
     return acc, sums
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_grad_query"))
 def flashfuse_grad_query(
     query, key, value, out, grad_out, stats, delta, flags, table, grad_query, partial, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
@@ -275,7 +276,7 @@ def descend_low_queries(
     return dk, dv, sums
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_grad_key_value"))
 def flashfuse_grad_key_value(
     query, key, value, grad_out, stats, delta, table, grad_key, grad_value, partial, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
@@ -330,7 +331,7 @@ def flashfuse_grad_key_value(
     store_tile(grad_value, dv_n, dv, inside, E, BLOCK_N, E_PAD)
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_add_low_queries"))
 def flashfuse_add_low_queries(
     query, key, value, grad_out, stats, delta, flags, grad_key, grad_value, partial, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,

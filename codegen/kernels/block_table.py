@@ -8,10 +8,10 @@ one run that it sees whole. The work is (M / BLOCK) * (N / BLOCK), never M * N.
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.plain_score import block_certainty, store_key_bounds, store_query_bounds  # SPLICE
+from flashfuse.codegen.kernels.plain_score import block_certainty, named, store_key_bounds, store_query_bounds  # SPLICE
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_block_bounds"))
 def flashfuse_block_bounds(
     bounds, inputs, plane, TH, M, N, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def flashfuse_block_bounds(
         store_query_bounds(bounds + place, plane, b, h, index, index < M, M, N, inputs)
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_block_table"))
 def flashfuse_block_table(
     queries, keys, table, inputs, query_plane, key_plane, TH, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,

@@ -12,6 +12,7 @@ from flashfuse.codegen.kernels.plain_score import (
     keep,
     kept_score,
     key_range,
+    named,
     score,
     tile_gradient,
     weight_gradient,
@@ -19,7 +20,7 @@ from flashfuse.codegen.kernels.plain_score import (
 from flashfuse.codegen.kernels.tiles import load_tile
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_grad_capture"))
 def flashfuse_grad_capture(
     query, key, value, grad_out, stats, delta, grad, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,

@@ -14,6 +14,7 @@ from flashfuse.codegen.kernels.plain_score import (
     keep,
     kept_score,
     key_range,
+    named,
     score,
     sink_score,
     weighted,
@@ -105,7 +106,7 @@ def finish(
     tl.store(stats, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_forward"))
 def flashfuse_forward(
     query, key, value, out, stats, table, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,

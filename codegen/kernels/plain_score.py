@@ -17,6 +17,11 @@ FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
 HAS_SINK = tl.constexpr(False)  # whether rows have a sink
 
 
+def named(kernel):
+    """Under which name a profiler shows a kernel: what it computes and the head dim (Triton's `repr` of a kernel)."""
+    return lambda made_for: f"{kernel}_plain_d{made_for.constants.get('D', 0)}"
+
+
 @triton.jit
 def score(s, b, h, m, n, inside_m, inside_n, M, N, inputs):
     """The final score from the raw score, masks and all, in natural units."""

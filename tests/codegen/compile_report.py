@@ -139,6 +139,7 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return {
         "kernel": kernel,
+        "name": compiled.metadata.name,
         "tile": str(tile),
         "shared": compiled.metadata.shared,
         **_assembled(compiled.asm["ptx"], target),

@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,7 @@ def test_text_defines_every_function_that_plain_attention_stands_in_for() -> Non
 def test_kernel_text_is_the_repositorys() -> None:
     text = emit.module_text(CAUSAL)
     kernel = (emit.KERNELS / "forward.py").read_text().split("@triton.jit", 1)[1].strip()
+    assert "def flashfuse_forward" in kernel
     assert kernel in text
 
 
@@ -47,6 +50,24 @@ def test_only_generated_functions_know_masks() -> None:
     assert "le_1 = n <= m" in text
     assert 'tl.where(le_1, mul_1, float("-inf"))' in text
     assert "keeps  n <= m" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("plain", "flashfuse_forward_plain_d128"),
+        ("causal", "flashfuse_forward_causal_d128"),
+        ("softcap", "flashfuse_forward_causal_softcap_d128"),
+        ("documents_causal", "flashfuse_forward_causal_document_d128"),
+    ],
+)
+def test_profilers_show_what_a_kernel_computes(name: str, shown: str) -> None:
+    spec = next(case.spec for case in CASES if case.name == name)
+    tree = ast.parse(emit.module_text(spec))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "named")
+    found: dict[str, Any] = {}
+    exec(compile(ast.Module([function], []), "named", "exec"), found)
+    assert found["named"]("flashfuse_forward")(SimpleNamespace(constants={"D": 128})) == shown
 
 
 def test_fast_tanh_only_where_tanh_is() -> None:
