@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from flashfuse.codegen.kernels.forward import attend, finish
-from flashfuse.codegen.kernels.plain_score import FACTOR, HAS_SINK, SCALE, key_range, sink_score  # SPLICE
+from flashfuse.codegen.kernels.plain_score import FACTOR, HAS_SINK, SCALE, key_range, named, sink_score  # SPLICE
 from flashfuse.codegen.kernels.tiles import block_aligned
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_decode"))
 def flashfuse_decode(
     query, key, value, parts, part_stats, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, H, GROUP, M, N, splits, pack, rows,
@@ -63,7 +63,7 @@ def flashfuse_decode(
     tl.store(parts + place[:, None] * E + column, acc, mask=inside[:, None] & (column < E))
 
 
-@triton.jit
+@triton.jit(repr=named("flashfuse_combine"))
 def flashfuse_combine(
     parts, part_stats, out, stats, inputs, out_b, out_h, out_m, H, M, N, plane, splits,
     E: tl.constexpr, E_PAD: tl.constexpr, SPLITS: tl.constexpr,
