@@ -142,7 +142,7 @@ def _replace(rewriter: Rewriter, site: Site) -> SiteRecord:
 
 def _fused_record(rewriter: Rewriter, site: Site, match: Match) -> SiteRecord:
     """Replace a match and say what was done."""
-    names = capture_names(rewriter.form, [side.node for side in match.captures])
+    names = capture_names(rewriter.form, [None if side.seed else side.node for side in match.captures])
     region = rewriter.replace(match)
     dims = tuple((letter, str(size)) for letter, size in match.dims.items())
     value = match.query.node.meta["val"]

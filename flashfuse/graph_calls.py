@@ -167,7 +167,13 @@ class GraphCalls:
         result = self.call(operator.getitem, both, 0)
         return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
 
+    def _seed(self, device: torch.device) -> fx.Node:
+        """A seed from torch's generator of a device: a node of its own, which CUDA graphs and checkpoints replay."""
+        return self.call(torch.randint, 2**63 - 1, (), dtype=torch.int64, device=device)
+
     def _capture(self, side: Input) -> fx.Node:
+        if side.seed:
+            return self._seed(value_of(side.node).device)
         if not is_tensor(side.node):
             return self.call(torch.scalar_tensor, self.scalar(side.node), dtype=torch.float32)
         node = self.value(side.node)

@@ -58,8 +58,8 @@ _ROWS = (
          "Scale by a number, or by a tensor per head."),
     Code("FF405", "gradient of a capture", "A tensor read at computed positions needs a gradient.",
          "Detach it, or index it plainly by batch, head, query and key."),
-    Code("FF406", "dropout in training", "Dropout on the probabilities with p > 0 in training.",
-         "attention_dropout=0.0, or model.eval()."),
+    Code("FF407", "dropout used elsewhere", "The probabilities after dropout are also used outside the attention, which would "
+         "see another mask than the output was computed with.", "Use the probabilities before dropout, or do not return them."),
     Code("FF408", "gradient stopped", "Between query @ key^T and the output a value is detached or computed under no_grad, so "
          "that the whole attention has another gradient than its formula.", "Detach query, key or value instead."),
     # 5xx: flashfuse's own fault

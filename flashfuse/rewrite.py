@@ -15,6 +15,7 @@ from torch import fx
 
 from flashfuse.graph_calls import GraphCalls
 from flashfuse.patterns.attention import Match
+from flashfuse.patterns.calls import draws_random
 from flashfuse.patterns.normal_form import NormalForm, Origin, is_opaque
 from flashfuse.refusal import Refused
 
@@ -35,6 +36,7 @@ class Rewriter:
         self.added: dict[fx.Node, fx.Node] = {}  # normal form node -> node of the new graph
         self.replaced: dict[fx.Node, fx.Node] = {}  # captured node whose result an attention now gives -> that result
         self.expanded: set[fx.Node] = set()
+        self.drawn: set[fx.Node] = set()  # normal form nodes in whose place a seed was drawn
         self.changed = False
 
     def finish(self) -> fx.GraphModule:
@@ -67,6 +69,7 @@ class Rewriter:
             target.replace_all_uses_with(result)
             self.replaced[origin.node] = result
         self.changed = True
+        self.drawn |= {side.node for side in match.captures if side.seed}
         return self._erase(origin.node)
 
     def now(self, node: fx.Node) -> fx.Node | None:
@@ -75,11 +78,12 @@ class Rewriter:
 
     def sweep(self) -> None:
         """Erase added calls that nothing uses. Only once all matches are replaced: a later one may use them."""
+        stands_for = {copy: node for node, copy in self.added.items()}
         for node in reversed(list(self.graph.nodes)):
             functional = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
             if node in self.originals or node.users or not functional:
                 continue
-            if torch.Tag.nondeterministic_seeded not in node.target.tags or _is_idle_dropout(node):  # type: ignore[union-attr]
+            if not draws_random(node) or stands_for.get(node) in self.drawn:
                 self.graph.erase_node(node)
 
     def still_made(self, node: fx.Node) -> bool:
@@ -165,7 +169,9 @@ class Rewriter:
         return gone
 
     def _may_go(self, node: fx.Node, dead: set[fx.Node]) -> bool:
-        if node.op not in ("call_function", "call_method") or is_opaque(node) or node in self.effects.random:
+        if node.op not in ("call_function", "call_method") or is_opaque(node):
+            return False
+        if not self.effects.random.get(node, self.drawn) <= self.drawn:
             return False
         return all(self.originals.get(user) in dead for user in self.copies[node].users)
 
@@ -186,13 +192,10 @@ class _Effects:
         for storage, nodes in self.touching.items():
             for node in nodes:
                 self.storages.setdefault(node, []).append(storage)
-        self.random = {
-            made_by
-            for node, made_by in form.produced.items()
-            if isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags
-            and not _is_idle_dropout(node)
-        }
+        self.random: dict[fx.Node, set[fx.Node]] = {}  # captured node -> the random numbers that it draws
+        for node, made_by in form.produced.items():
+            if draws_random(node):
+                self.random.setdefault(made_by, set()).add(node)
 
     def unit(self, node: fx.Node) -> set[fx.Node]:
         """The nodes that can only go together with this one."""
@@ -205,9 +208,3 @@ class _Effects:
                 for storage in self.storages.get(current, ()):
                     stack.extend(self.touching[storage])
         return found
-
-
-def _is_idle_dropout(node: fx.Node) -> bool:
-    if node.target is not torch.ops.aten.dropout.default:
-        return False
-    return not node.args[2] or node.args[1] == 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import bind, shape, value_of
+from flashfuse.patterns.calls import shape, value_of
 from flashfuse.patterns.exponential import logarithm
 from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
@@ -24,7 +24,7 @@ from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
 from flashfuse.patterns.softmax import Softmax
-from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, rows_with_choices, weight_program, with_dropout
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
@@ -34,12 +34,16 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of the call: the normal form's node, the view to canonical form, and a cast to make first."""
+    """One tensor of the call: the normal form's node, the view to canonical form, and a cast to make first.
+
+    `seed`: a seed to be drawn in the place of the random numbers that the node draws.
+    """
 
     node: fx.Node
     view: View | None = None
     cast: torch.dtype | None = None
     copy: bool = False
+    seed: bool = False
 
 
 @dataclass
@@ -73,13 +77,14 @@ def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
     frame = read_frame(softmax, way, flow)
     for _attempt in range(4):
         roles, views, copies = solve_roles(frame)
-        lifter, score = _lift(frame, roles, flow)
+        lifter, score, weight = _lift(frame, roles, flow)
         again, _views, _copies = solve_roles(frame)
         if _same_axes(roles, again):
             break
     check_region(frame, flow)
     check_layouts(frame, roles)
-    spec = make_spec(lifter, score, frame, roles)
+    check_dropout_is_private(lifter, frame)
+    spec = make_spec(lifter, score, weight, frame, roles)
     check_gradients(spec, lifter, flow)
     match = assemble(frame, roles, views, copies, lifter, spec)
     try:
@@ -101,7 +106,8 @@ def _same_axes(a: Roles, b: Roles) -> bool:
     return all(refined(getattr(a, name)) == refined(getattr(b, name)) == getattr(a, name) for name in names)
 
 
-def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value]:
+def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value, Value | None]:
+    """The final score and the weighted probability (None without a weight) as values of one lifter."""
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
     lifter = Lifter(positions, frame.product, frame.carriers, flow, frame.shifts)
     call = frame.operands
@@ -119,14 +125,12 @@ def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value
         return value
 
     lifter.score = product_value
+    lifter.dropped = partial(with_dropout, lifter)
     assert frame.softmax is not None
     scores = frame.softmax.scores
     lift = partial(logarithm, lifter) if frame.softmax.exponential else lifter.lift
     value = lift(scores, frame.score_index)
-    for node in frame.path:
-        if node.target is aten.dropout.default:
-            lifter.check_dropout(bind(node, ROWS[node.target].reads))
-    return lifter, value
+    return lifter, value, lift_weight(lifter, frame)
 
 
 def check_region(frame: Frame, flow: GradientFlow) -> None:
@@ -138,18 +142,20 @@ def check_region(frame: Frame, flow: GradientFlow) -> None:
             raise Refused("FF408", node, f"the gradient stops at {describe(node)}")
 
 
-def make_spec(lifter: Lifter, score: Value, frame: Frame, roles: Roles) -> AttentionSpec:
+def make_spec(lifter: Lifter, score: Value, weight: Value | None, frame: Frame, roles: Roles) -> AttentionSpec:
     """The spec with its captures and what its empty rows give. Refuses (FF404) a scale over queries and keys."""
     _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
     captures = declared(lifter)
-    spec = AttentionSpec(program, captures, EmptyRows.EXACT)
+    spec = AttentionSpec(program, captures, EmptyRows.EXACT, weight_program(weight))
     square = axes.same_size(
         axes.product([axis.size for axis in refined(roles.queries)]),
         axes.product([a.size for a in refined(frame.keys)]),
     )
-    rows = empty_rows(spec, square=square)
-    return AttentionSpec(program, captures, _without_nan(spec, frame) if frame.zeroes_nan and rows is EmptyRows.EXACT else rows)
+    spec = replace(spec, empty_rows=empty_rows(spec, square=square))
+    if spec.empty_rows is not EmptyRows.EXACT:
+        return spec
+    return replace(spec, empty_rows=_without_nan(spec, frame) if frame.zeroing else rows_with_choices(spec, frame))
 
 
 def _without_nan(spec: AttentionSpec, frame: Frame) -> EmptyRows:
@@ -192,7 +198,10 @@ def _has_score(program: Any, number: int) -> bool:
 
 def declared(lifter: Lifter) -> tuple[Capture, ...]:
     """The declarations of the captured tensors."""
-    return tuple(Capture(f"c{place}", lifter.kind(each.node), each.rank) for place, each in enumerate(lifter.captures))
+    return tuple(
+        Capture(f"c{place}", Kind.INT if each.seed else lifter.kind(each.node), each.rank)
+        for place, each in enumerate(lifter.captures)
+    )
 
 
 def check_gradients(spec: AttentionSpec, lifter: Lifter, flow: GradientFlow) -> None:
@@ -221,7 +230,7 @@ def assemble(
     anchor = frame.output if frame.softmax is None else frame.softmax.anchor
     return Match(
         anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
-        tuple(Input(each.node, each.view) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
+        tuple(Input(each.node, each.view, seed=each.seed) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
         dims=_dims(views["query"], views["key"], views["value"]),
     )  # fmt: skip
 
@@ -266,7 +275,7 @@ _COPIES = frozenset({aten.contiguous.default, aten.reshape.default, aten.clone.d
 
 
 def check_capabilities(match: Match, frame: Frame, lifter: Lifter) -> None:
-    """Refuse what is understood but has no kernel: FF206 to FF208, FF406."""
+    """Refuse what is understood but has no kernel: FF206 to FF208."""
     dtypes = {value_of(side.node).dtype if side.cast is None else side.cast for side in (match.query, match.key)}
     dtypes.add(value_of(frame.output).dtype)
     for dtype in dtypes:
@@ -279,5 +288,3 @@ def check_capabilities(match: Match, frame: Frame, lifter: Lifter) -> None:
     device = value_of(frame.output).device.type
     if device not in ("cuda", "cpu"):
         raise Refused("FF208", frame.product, f"device {device}")
-    if lifter.dropout is not None:
-        raise Refused("FF406", lifter.dropout, f"p={lifter.dropout.args[1]}")

@@ -66,3 +66,15 @@ def static_sizes(x: Any) -> Any:
 def normal_dim(dim: int, rank: int) -> int:
     """A dimension counted from the front."""
     return dim + rank if dim < 0 else dim
+
+
+def draws_random(node: fx.Node) -> bool:
+    """Whether an ATen call draws random numbers (dropout does not in eval mode, nor with p = 0)."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[2]) and node.args[1] != 0.0
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(value_of(rate) != 0.0)
+    return True

@@ -23,7 +23,6 @@ from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
-_KEEPS_PROBABILITIES = CASTS | {aten.dropout.default}
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,10 @@ class Frame:
 
     softmax: Softmax | None  # None: a call that holds the whole attention
     output: fx.Node
-    path: tuple[fx.Node, ...]  # from the softmax down to the product with the value, without either
-    zeroes_nan: bool  # rows of NaN become zero on that path
+    probabilities: fx.Node  # what the softmax gives, or with late normalisation the exponentials
+    path: tuple[fx.Node, ...]  # from there down to the product with the value, without either
+    path_index: tuple[Index, ...]  # the index of each
+    zeroing: frozenset[fx.Node]  # nodes of that path at which rows of NaN become zero
     product: fx.Node
     carriers: frozenset[fx.Node]
     out_index: Index
@@ -59,7 +60,7 @@ class Way:
     path: tuple[fx.Node, ...]
     product: fx.Node
     output: fx.Node
-    zeroes_nan: bool = False
+    zeroing: frozenset[fx.Node] = frozenset()
     late: LateSum | None = None
 
 
@@ -74,7 +75,7 @@ def find_ways(softmax: Softmax) -> list[Way]:
         raise Refused("FF101", softmax.anchor, "no product of its result with a value")
     ways: list[Way] = []
     strange: list[fx.Node] = []
-    pending: list[tuple[fx.Node, tuple[fx.Node, ...], bool]] = [(softmax.anchor, (), False)]
+    pending: list[tuple[fx.Node, tuple[fx.Node, ...], frozenset[fx.Node]]] = [(softmax.anchor, (), frozenset())]
     while pending:
         node, path, zeroes = pending.pop()
         for user in node.users:
@@ -84,8 +85,8 @@ def find_ways(softmax: Softmax) -> list[Way]:
             if contraction.is_product(user):
                 ways.append(Way(path, user, user, zeroes))
             elif _zeroes_nan(user, node):
-                pending.append((user, (*path, user), True))
-            elif row is not None and (row.index is not None or user.target in _KEEPS_PROBABILITIES):
+                pending.append((user, (*path, user), zeroes | {user}))
+            elif row is not None and (row.index is not None or row.weighs or user.target in CASTS):
                 pending.append((user, (*path, user), zeroes))
             else:
                 strange.append(user)
@@ -142,13 +143,16 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(way.output)))
     second = contraction.operands(way.product, _index_of_product(way, out_index), "n")
     _only_a_product(second, way.product)
-    probabilities = way.path[-1] if way.path else softmax.anchor if softmax.late is None else softmax.scores
-    left = second.left is probabilities
-    if left and second.right is probabilities:
+    source = softmax.anchor if softmax.late is None else softmax.scores
+    last = way.path[-1] if way.path else source
+    left = second.left is last
+    if left and second.right is last:
         raise Refused("FF201", way.product, "the probabilities multiply themselves")
     index = second.left_index if left else second.right_index
-    for node in reversed(way.path):
-        index = _through(node, index)
+    path_index: list[Index] = []
+    for node, before in zip(reversed(way.path), reversed((source, *way.path[:-1])), strict=False):
+        path_index.insert(0, index)
+        index = _through(node, before, index)
     if refined(index[softmax.dim]) != refined(second.summed):  # type: ignore[arg-type]
         found = f"softmax over dim {softmax.dim - len(index)}, while the product with the value sums over another axis"
         raise Refused("FF202", softmax.anchor, found)
@@ -160,7 +164,7 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     query, key = sides if query_first else sides[::-1]
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
     return Frame(
-        softmax, way.output, way.path, way.zeroes_nan, product, carriers, out_index,
+        softmax, way.output, source, way.path, tuple(path_index), way.zeroing, product, carriers, out_index,
         rows=tuple(dim for place, dim in enumerate(index) if place != softmax.dim),
         keys=second.summed,
         query=tuple(peel(*query, flow, linear=True)),
@@ -183,11 +187,13 @@ def _only_a_product(found: contraction.Operands, node: fx.Node) -> None:
         raise Refused("FF402", node, f"{describe(node)} adds or scales the output (alpha, beta)")
 
 
-def _through(node: fx.Node, index: Index) -> Index:
+def _through(node: fx.Node, before: fx.Node, index: Index) -> Index:
     row = ROWS.get(node.target)
     if row is None or row.index is None:
         if not value_of(node).dtype.is_floating_point:
             raise Refused("FF401", node, "the probabilities are cast to integers")
+        if len(shape(before)) != len(index) or not all(map(axes.same_size, shape(before), shape(node))):
+            raise Refused("FF204", node, "the probabilities are broadcast")
         return index
     call = bind(node, row.reads)
     return row.index(None, call, index)

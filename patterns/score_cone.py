@@ -23,7 +23,7 @@ from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import LEAVES, ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Dim, Index, refined
-from flashfuse.patterns.calls import Call, bind, is_tensor, shape, value_of
+from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View, canonical_view
 from flashfuse.patterns.spellings import CREATIONS, ROWS
@@ -80,13 +80,19 @@ class Positions:
 
 @dataclass(frozen=True)
 class Captured:
-    """A tensor that the program reads: a node, or its form with the canonical dimensions (`view`, which may copy)."""
+    """A tensor that the program reads: a node, or its form with the canonical dimensions (`view`, which may copy).
+
+    `seed`: the seed that takes the place of the random numbers that the node draws.
+    """
 
     node: fx.Node
     view: View | None = None
+    seed: bool = False
 
     @property
     def rank(self) -> int:
+        if self.seed:
+            return 0
         return len(self.view.merge) if self.view is not None else len(shape(self.node)) if is_tensor(self.node) else 0
 
 
@@ -103,7 +109,8 @@ class Lifter:
     builder: Builder = field(default_factory=Builder)
     captures: list[Captured] = field(default_factory=list)
     sizes: list[torch.SymInt] = field(default_factory=list)
-    dropout: fx.Node | None = None
+    probabilities: fx.Node | None = None  # set by the caller once the scores are lifted
+    dropped: Any = None  # gives the value of an element after dropout; set by the caller
     _known: dict[tuple[fx.Node, Any], Value] = field(default_factory=dict)
     _data: dict[fx.Node, bool] = field(default_factory=dict)
 
@@ -119,6 +126,8 @@ class Lifter:
         return self._known[key]
 
     def _lift_new(self, node: fx.Node, index: Index) -> Value:
+        if node is self.probabilities:
+            return self.builder.leaf("probability")
         if node is self.product:
             return self.score(index)  # type: ignore[no-any-return]
         if node in self.shifts:
@@ -315,11 +324,6 @@ class Lifter:
         if statement.op == "const":
             return int(statement.attribute) >= 0  # type: ignore[arg-type]
         return statement.op in ("add", "mul", "floordiv", "mod") and all(map(self.never_negative, value.operands))
-
-    def check_dropout(self, call: Call) -> None:
-        """Note dropout that is on: the attention is understood all the same, see FF406."""
-        if call["train"] and call["p"] != 0.0:
-            self.dropout = call.node
 
 
 log = logging.getLogger("flashfuse")

@@ -24,6 +24,7 @@ from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import peel
 from flashfuse.patterns.roles import Roles, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, folded
+from flashfuse.patterns.weights import weight_program, with_dropout
 from flashfuse.refusal import Refused
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -75,7 +76,7 @@ def _frame(call: Call, flow: GradientFlow) -> Frame:
     query_index = (*axes.broadcast(batch, shape(query)[:-2]), m, d)
     key_index, value_index = (*kv_batch[0], n, d), (*kv_batch[1], n, e)
     return Frame(
-        None, anchor, (), False, anchor, frozenset(), out_index, rows=(*batch, m), keys=n,
+        None, anchor, anchor, (), (), frozenset(), anchor, frozenset(), out_index, rows=(*batch, m), keys=n,
         query=tuple(peel(query, query_index, flow, linear=True)),
         key=tuple(peel(key, key_index, flow, linear=True)),
         value=tuple(peel(value, value_index, flow, linear=False)),
@@ -95,7 +96,7 @@ def _kv_batch(call: Call, batch: axes.Index, sizes: tuple[Any, ...]) -> axes.Ind
 
 def _spec(call: Call, frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, AttentionSpec]:
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
-    lifter = Lifter(positions, call.node, frozenset(), flow)
+    lifter = Lifter(positions, call.node, frozenset({call.node}), flow)
     builder = lifter.builder
     score = builder.leaf("score")
     for name, factor in (*roles.query.scales, *roles.key.scales):
@@ -108,13 +109,13 @@ def _spec(call: Call, frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[L
     if mask is not None:
         value = lifter.operand(mask, frame.score_index)
         score = builder.op("where", value, score, float("-inf")) if value.kind is Kind.BOOL else score + value
-    if call["dropout_p"] != 0.0:
-        lifter.dropout = call.node
+    weight = with_dropout(lifter, call.node, builder.leaf("probability"), call["dropout_p"], frame.score_index)
     captures = declared(lifter)
     program = folded(builder.program(score))
-    spec = AttentionSpec(program, captures, EmptyRows.ZERO)
+    weighed = weight_program(weight) if weight.statement.op != "probability" else None
+    spec = AttentionSpec(program, captures, EmptyRows.ZERO, weighed)
     finite = spec.split.keep is None or spec.split.fill == float("-inf")
-    return lifter, spec if finite else AttentionSpec(program, captures, EmptyRows.EXACT)
+    return lifter, spec if finite else AttentionSpec(program, captures, EmptyRows.EXACT, weighed)
 
 
 def _scale(call: Call, lifter: Lifter) -> Value:

@@ -34,7 +34,8 @@ Lift = Callable[["Lifter", Call, Index], Value]
 class Row:
     """One target's meaning. Exactly one of `index` and `lift` is given.
 
-    `makes_mask`: a predicate or a choice by one; worth lifting even where its result is a mere vector.
+    `makes_mask`: a predicate or a choice by one; worth lifting even where its result is a mere vector. `weighs`: may be
+    applied to probabilities between the softmax and the product with the value.
     """
 
     target: Any
@@ -42,6 +43,7 @@ class Row:
     index: IndexMap | None = None
     lift: Lift | None = None
     makes_mask: bool = False
+    weighs: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ moving elements
@@ -274,8 +276,8 @@ def _cast(lifter: Lifter, call: Call, index: Index) -> Value:
 
 
 def _dropout(lifter: Lifter, call: Call, index: Index) -> Value:
-    lifter.check_dropout(call)
-    return lifter.operand(call["input"], index)
+    value = lifter.operand(call["input"], index)
+    return lifter.dropped(call.node, value, call["p"], index) if call["train"] else value
 
 
 # ------------------------------------------------------------------------------------------------ making elements
@@ -404,8 +406,8 @@ _COMPUTED = (
     Row(aten.sub.Scalar, (*_PAIR, "alpha"), lift=_sum(-1)),
     Row(aten.rsub.Tensor, (*_PAIR, "alpha"), lift=_rsub),
     Row(aten.rsub.Scalar, (*_PAIR, "alpha"), lift=_rsub),
-    *(Row(t, _PAIR, lift=_pointwise("mul", *_PAIR)) for t in (aten.mul.Tensor, aten.mul.Scalar)),
-    *(Row(t, _PAIR, lift=_pointwise("div", *_PAIR)) for t in (aten.div.Tensor, aten.div.Scalar)),
+    *(Row(t, _PAIR, lift=_pointwise("mul", *_PAIR), weighs=True) for t in (aten.mul.Tensor, aten.mul.Scalar)),
+    *(Row(t, _PAIR, lift=_pointwise("div", *_PAIR), weighs=True) for t in (aten.div.Tensor, aten.div.Scalar)),
     Row(aten.div.Tensor_mode, (*_PAIR, "rounding_mode"), lift=_divide_mode),
     Row(aten.div.Scalar_mode, (*_PAIR, "rounding_mode"), lift=_divide_mode),
     Row(aten.floor_divide.default, _PAIR, lift=_pointwise("floordiv", *_PAIR)),
@@ -447,11 +449,11 @@ _COMPUTED = (
     ),
     Row(aten.bitwise_not.default, _SELF, lift=_bitwise("not", "self"), makes_mask=True),
     *(
-        Row(t, ("condition", *_PAIR), lift=_where, makes_mask=True)
+        Row(t, ("condition", *_PAIR), lift=_where, makes_mask=True, weighs=True)
         for t in (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
     ),
     *(
-        Row(t, (*_SELF, "mask", "value"), lift=_masked_fill, makes_mask=True)
+        Row(t, (*_SELF, "mask", "value"), lift=_masked_fill, makes_mask=True, weighs=True)
         for t in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
     ),
     Row(aten.to.dtype, (*_SELF, "dtype"), lift=_cast),
@@ -460,7 +462,7 @@ _COMPUTED = (
     Row(aten.to.other, _PAIR, lift=_cast),
     Row(aten._to_copy.default, (*_SELF, "dtype"), lift=_cast),
     Row(aten.type_as.default, _PAIR, lift=_cast),
-    Row(aten.dropout.default, ("input", "p", "train"), lift=_dropout),
+    Row(aten.dropout.default, ("input", "p", "train"), lift=_dropout, weighs=True),
 )  # fmt: skip
 
 _MADE = (
@@ -474,8 +476,8 @@ _MADE = (
     *(Row(t, (*_SELF, "size", "dtype"), lift=_filled(v)) for t, v in ((aten.new_zeros.default, 0), (aten.new_ones.default, 1))),
     *(Row(t, (*_SELF, "dtype"), lift=_filled(v)) for t, v in ((aten.zeros_like.default, 0), (aten.ones_like.default, 1))),
     Row(aten.scalar_tensor.default, ("s", "dtype"), lift=_scalar_tensor),
-    Row(aten.tril.default, (*_SELF, "diagonal"), lift=_triangle(lower=True), makes_mask=True),
-    Row(aten.triu.default, (*_SELF, "diagonal"), lift=_triangle(lower=False), makes_mask=True),
+    Row(aten.tril.default, (*_SELF, "diagonal"), lift=_triangle(lower=True), makes_mask=True, weighs=True),
+    Row(aten.triu.default, (*_SELF, "diagonal"), lift=_triangle(lower=False), makes_mask=True, weighs=True),
     Row(aten.index.Tensor, (*_SELF, "indices"), lift=_index_tensor),
     Row(aten.diff.default, (*_SELF, "n", "dim", "prepend"), lift=_diff),
     Row(aten.cumsum.default, (*_SELF, "dim", "dtype"), lift=_cumsum),

@@ -13,11 +13,11 @@ _TAKEN = frozenset("bhmnsxMN")  # indices, lengths, the score
 _OWNERS = ("_parameters_", "_buffers_", "_modules_")
 
 
-def capture_names(form: NormalForm, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
-    """A name for each, all different: the user's variable, parameter or argument, or else `c0`, `c1`, ..."""
+def capture_names(form: NormalForm, nodes: Sequence[fx.Node | None]) -> tuple[str, ...]:
+    """A name for each, all different: the user's variable, parameter or argument, or else `c0`, `c1`, ...; None is a seed."""
     names: list[str] = []
     for place, node in enumerate(nodes):
-        name = _name(form, node)
+        name = "seed" if node is None else _name(form, node)
         if not name or name in _TAKEN or not name.isidentifier():
             name = f"c{place}"
         names.append(f"{name}_{place}" if name in names else name)

@@ -6,6 +6,7 @@ proportional to the probability, since kernels apply it before they divide by th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 from flashfuse.ir.score_program import ScoreProgram
@@ -55,3 +56,22 @@ def zero_choices(program: ScoreProgram) -> tuple[tuple[int, bool], ...]:
         if degrees[second] == 1 and degrees[first] == 0:
             found.append((condition, False))
     return tuple(found)
+
+
+def vanishes(program: ScoreProgram, known: Mapping[int, bool]) -> bool:
+    """Whether the result is zero, even of a probability that is NaN, if the `known` statements have those values."""
+    found: list[bool] = []
+    for statement in program.statements:
+        zero = [found[operand] for operand in statement.operands]
+        if statement.op == "const":
+            found.append(statement.attribute == 0)
+        elif statement.op == "where":
+            chosen = known.get(statement.operands[0])
+            found.append(all(zero[1:]) if chosen is None else zero[1] if chosen else zero[2])
+        elif statement.op == "mul":
+            found.append(any(zero))
+        elif statement.op == "div":
+            found.append(zero[0])
+        else:
+            found.append(statement.op in ("add", "sub", "neg") and all(zero))
+    return found[program.result]

@@ -39,6 +39,7 @@ def test_spelling_is_read_as_what_it_means(entry: Spelling):
     assert isinstance(site.found, Match), site.found
     words = dict(site.found.spec.describe())
     assert (words["score"], words.get("keeps")) == (entry.score, entry.keeps)
+    assert (words.get("weight"), words.get("sink")) == (entry.weight, entry.sink)
     assert site.found.spec.empty_rows.value == entry.rows
 
 

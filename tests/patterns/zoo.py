@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 import zoo_scores
 import zoo_softmax
+import zoo_weights
 from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spelling, near_miss, qkv, spelling
 
-__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_softmax"]
+__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_softmax", "zoo_weights"]
 
 # ------------------------------------------------------------------------------------------------ scale in every place
 
@@ -422,11 +423,6 @@ def double_precision(q, k, v):
 @near_miss("FF206", "operators_mul", inputs=lambda: tuple(torch.randint(-2, 3, (B, H, S, D)) for _ in range(3)))
 def integer_inputs(q, k, v):
     return (q @ k.mT).softmax(-1, dtype=torch.float32) @ v.float()
-
-
-@near_miss("FF406", "dropout_in_eval")
-def dropout_in_training(q, k, v):
-    return F.dropout((q @ k.mT * 0.25).softmax(-1), 1e-12, training=True) @ v
 
 
 @near_miss("FF401", "causal_where_arange")

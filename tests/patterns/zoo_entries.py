@@ -24,9 +24,10 @@ def qkv(m: int = S, n: int = S, heads: int = H, kv_heads: int | None = None, e: 
 
 @dataclass(frozen=True)
 class Spelling:
-    """`score` and `keeps`: the expected formulas (None: no mask). `gradients`: which inputs are differentiated.
+    """`score`, `keeps`, `weight`, `sink`: the expected formulas (None: there is none).
 
-    `exact`: the same attention without narrow dtypes written into the code, for a float64 reference.
+    `gradients`: which inputs are differentiated. `exact`: the same attention without narrow dtypes written into the code, for a
+    float64 reference.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Spelling:
     rows: str = "impossible"
     gradients: tuple[int, ...] = (0, 1, 2)
     exact: Callable[..., torch.Tensor] | None = None
+    weight: str | None = None
+    sink: str | None = None
 
 
 @dataclass(frozen=True)
