@@ -23,6 +23,7 @@ from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
+from flashfuse.patterns.sinks import is_ordinary, lift_sink, sink_program
 from flashfuse.patterns.softmax import Softmax
 from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, rows_with_choices, weight_program, with_dropout
 from flashfuse.refusal import Refused
@@ -77,14 +78,14 @@ def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
     frame = read_frame(softmax, way, flow)
     for _attempt in range(4):
         roles, views, copies = solve_roles(frame)
-        lifter, score, weight = _lift(frame, roles, flow)
+        lifter, score, sink, weight = _lift(frame, roles, flow)
         again, _views, _copies = solve_roles(frame)
         if _same_axes(roles, again):
             break
     check_region(frame, flow)
     check_layouts(frame, roles)
     check_dropout_is_private(lifter, frame)
-    spec = make_spec(lifter, score, weight, frame, roles)
+    spec = make_spec(lifter, (score, sink, weight), frame, roles)
     check_gradients(spec, lifter, flow)
     match = assemble(frame, roles, views, copies, lifter, spec)
     try:
@@ -106,8 +107,8 @@ def _same_axes(a: Roles, b: Roles) -> bool:
     return all(refined(getattr(a, name)) == refined(getattr(b, name)) == getattr(a, name) for name in names)
 
 
-def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value, Value | None]:
-    """The final score and the weighted probability (None without a weight) as values of one lifter."""
+def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value, Value | None, Value | None]:
+    """The final score, the sink and the weighted probability (None where there is none) as values of one lifter."""
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
     lifter = Lifter(positions, frame.product, frame.carriers, flow, frame.shifts)
     call = frame.operands
@@ -127,35 +128,38 @@ def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value
     lifter.score = product_value
     lifter.dropped = partial(with_dropout, lifter)
     assert frame.softmax is not None
-    scores = frame.softmax.scores
     lift = partial(logarithm, lifter) if frame.softmax.exponential else lifter.lift
-    value = lift(scores, frame.score_index)
-    return lifter, value, lift_weight(lifter, frame)
+    value = lift(frame.scores, frame.score_index)
+    return lifter, value, lift_sink(lifter, frame.sink), lift_weight(lifter, frame)
 
 
 def check_region(frame: Frame, flow: GradientFlow) -> None:
     """Refuse (FF408) a region with a value that stops the gradient."""
     assert frame.softmax is not None
-    around = (*frame.carriers, *frame.softmax.inside, frame.softmax.anchor, *frame.path)
+    joining = () if frame.sink is None else frame.sink.nodes
+    around = (*frame.carriers, *joining, *frame.softmax.inside, frame.softmax.anchor, *frame.path)
     for node in (frame.product, *around, frame.output):
         if flow.stops_at(node):
             raise Refused("FF408", node, f"the gradient stops at {describe(node)}")
 
 
-def make_spec(lifter: Lifter, score: Value, weight: Value | None, frame: Frame, roles: Roles) -> AttentionSpec:
+def make_spec(
+    lifter: Lifter, values: tuple[Value, Value | None, Value | None], frame: Frame, roles: Roles
+) -> AttentionSpec:
     """The spec with its captures and what its empty rows give. Refuses (FF404) a scale over queries and keys."""
+    score, sink, weight = values
     _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
     captures = declared(lifter)
-    spec = AttentionSpec(program, captures, EmptyRows.EXACT, weight_program(weight))
+    spec = AttentionSpec(program, captures, EmptyRows.EXACT, weight_program(weight), sink_program(sink))
     square = axes.same_size(
         axes.product([axis.size for axis in refined(roles.queries)]),
         axes.product([a.size for a in refined(frame.keys)]),
     )
-    spec = replace(spec, empty_rows=empty_rows(spec, square=square))
+    spec = replace(spec, empty_rows=EmptyRows.IMPOSSIBLE if is_ordinary(spec) else empty_rows(spec, square=square))
     if spec.empty_rows is not EmptyRows.EXACT:
         return spec
-    return replace(spec, empty_rows=_without_nan(spec, frame) if frame.zeroing else rows_with_choices(spec, frame))
+    return replace(spec, empty_rows=_without_nan(spec, frame) if frame.zeroes_nan else rows_with_choices(spec, frame))
 
 
 def _without_nan(spec: AttentionSpec, frame: Frame) -> EmptyRows:

@@ -18,6 +18,7 @@ from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
+from flashfuse.patterns.sinks import Cut, Sink, cut_of, find_sink, shifts_beside_sink
 from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
@@ -34,7 +35,8 @@ class Frame:
     probabilities: fx.Node  # what the softmax gives, or with late normalisation the exponentials
     path: tuple[fx.Node, ...]  # from there down to the product with the value, without either
     path_index: tuple[Index, ...]  # the index of each
-    zeroing: frozenset[fx.Node]  # nodes of that path at which rows of NaN become zero
+    passing: frozenset[fx.Node]  # nodes of that path that only zero rows of NaN, or cut off a sink
+    zeroes_nan: bool
     product: fx.Node
     carriers: frozenset[fx.Node]
     out_index: Index
@@ -43,7 +45,9 @@ class Frame:
     query: tuple[Stage, ...]
     key: tuple[Stage, ...]
     value: tuple[Stage, ...]
-    score_index: Index  # the index of the softmax's input
+    scores: fx.Node  # the softmax's input, without a sink
+    sink: Sink | None
+    score_index: Index  # the index of the scores
     shifts: dict[fx.Node, fx.Node]  # sums in the scores with a term that cancels: the term that stays
     operands: contraction.Operands
     query_first: bool
@@ -150,27 +154,33 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
         raise Refused("FF201", way.product, "the probabilities multiply themselves")
     index = second.left_index if left else second.right_index
     path_index: list[Index] = []
+    cut: Cut | None = None
     for node, before in zip(reversed(way.path), reversed((source, *way.path[:-1])), strict=False):
         path_index.insert(0, index)
-        index = _through(node, before, index)
+        cuts = None if cut is not None else cut_of(node, index, second.summed)
+        cut = cut or cuts
+        index = index if cuts is not None else _through(node, before, index)
     if refined(index[softmax.dim]) != refined(second.summed):  # type: ignore[arg-type]
         found = f"softmax over dim {softmax.dim - len(index)}, while the product with the value sums over another axis"
         raise Refused("FF202", softmax.anchor, found)
-    shifts = row_shifts(softmax, index, second.summed)
-    product, carriers = find_product(softmax.scores, shifts)
-    first = contraction.operands(product, _index_at(softmax.scores, index, product, carriers, shifts), "d")
+    shifts = shifts_beside_sink(softmax, row_shifts(softmax, index, second.summed))
+    sink = find_sink(softmax, cut, shifts, index)
+    scores = softmax.scores if sink is None else sink.scores
+    product, carriers = find_product(scores, shifts)
+    first = contraction.operands(product, _index_at(scores, index, product, carriers, shifts), "d")
     query_first = _is_query_first(product, first, second.summed)
     sides = [(first.left, first.left_index), (first.right, first.right_index)]
     query, key = sides if query_first else sides[::-1]
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
     return Frame(
-        softmax, way.output, source, way.path, tuple(path_index), way.zeroing, product, carriers, out_index,
+        softmax, way.output, source, way.path, tuple(path_index),
+        way.zeroing | ({cut.node} if cut is not None else frozenset()), bool(way.zeroing), product, carriers, out_index,
         rows=tuple(dim for place, dim in enumerate(index) if place != softmax.dim),
         keys=second.summed,
         query=tuple(peel(*query, flow, linear=True)),
         key=tuple(peel(*key, flow, linear=True)),
         value=tuple(peel(*value, flow, linear=False)),
-        score_index=index, shifts=shifts, operands=first, query_first=query_first,
+        scores=scores, sink=sink, score_index=index, shifts=shifts, operands=first, query_first=query_first,
         score_dtype=value_of(product).dtype,
     )  # fmt: skip
 

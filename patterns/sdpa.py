@@ -76,11 +76,11 @@ def _frame(call: Call, flow: GradientFlow) -> Frame:
     query_index = (*axes.broadcast(batch, shape(query)[:-2]), m, d)
     key_index, value_index = (*kv_batch[0], n, d), (*kv_batch[1], n, e)
     return Frame(
-        None, anchor, anchor, (), (), frozenset(), anchor, frozenset(), out_index, rows=(*batch, m), keys=n,
+        None, anchor, anchor, (), (), frozenset(), False, anchor, frozenset(), out_index, rows=(*batch, m), keys=n,
         query=tuple(peel(query, query_index, flow, linear=True)),
         key=tuple(peel(key, key_index, flow, linear=True)),
         value=tuple(peel(value, value_index, flow, linear=False)),
-        score_index=(*batch, m, n), shifts={},
+        scores=anchor, sink=None, score_index=(*batch, m, n), shifts={},
         operands=contraction.Operands(query, key, query_index, key_index, d),
         query_first=True, score_dtype=value_of(anchor).dtype,
     )  # fmt: skip

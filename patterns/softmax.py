@@ -47,6 +47,7 @@ class Softmax:
     """A softmax over dimension `dim` of `scores`, or, if `exponential`, of the logarithm of `scores`.
 
     `anchor` holds the probabilities, or with `late` the normalised output. `inside` are the other nodes that belong to it.
+    `added`: a positive number in the sum of exponentials, which is divided by the exponential of the row's shift if `shifted`.
     """
 
     anchor: fx.Node
@@ -55,6 +56,8 @@ class Softmax:
     exponential: bool = False
     inside: tuple[fx.Node, ...] = ()
     late: LateSum | None = None
+    added: float | None = None
+    shifted: bool = False
 
 
 def recognise(node: fx.Node) -> Softmax | None:
@@ -149,14 +152,43 @@ def _normalised(node: fx.Node, tensor: Any, divisor: Any) -> Softmax | None:
         return None
     numerator, passed = same_elements(tensor)
     if exponent(numerator) is not None:
+        divisor, more = _without_addend(divisor, numerator)
         total = _reduction(node, divisor, _SUMS, numerator)
         if total is None:
             return None
-        return Softmax(node, numerator, total.dim, exponential=True, inside=(*passed, *total.nodes))
+        inside = (*passed, *total.nodes, *more.nodes)
+        return Softmax(node, numerator, total.dim, exponential=True, inside=inside, added=more.number, shifted=more.shifted)
     return _late(node, tensor, divisor)
 
 
 _SUMS = frozenset({aten.sum.dim_IntList})
+
+
+@dataclass(frozen=True)
+class _Addend:
+    """A number in a sum of exponentials, see `Softmax.added`."""
+
+    number: float | None = None
+    shifted: bool = False
+    nodes: tuple[fx.Node, ...] = ()
+
+
+def _without_addend(divisor: fx.Node, numerator: fx.Node) -> tuple[fx.Node, _Addend]:
+    """`sum + c` as the sum and c, `sum + exp(-shift)`, with the shift that was taken off the scores, as the sum and 1."""
+    if divisor.target not in (aten.add.Tensor, aten.add.Scalar) or divisor.kwargs:
+        return divisor, _Addend()
+    total, number = divisor.args[:2]
+    if isinstance(number, (int, float)) and is_tensor(total):
+        return (total, _Addend(float(number), False, (divisor,))) if number > 0 else (divisor, _Addend())  # type: ignore[return-value]
+    shift = exponential_nodes(numerator)[-1].args[0]
+    for one, other in ((total, number), (number, total)):
+        if not is_tensor(one) or not is_tensor(other) or other.target is not aten.exp.default:  # type: ignore[union-attr]
+            continue
+        negated = other.args[0]  # type: ignore[union-attr]
+        taken = shift.target is aten.sub.Tensor and not shift.kwargs and negated.target is aten.neg.default  # type: ignore[union-attr]
+        if taken and negated.args[0] is shift.args[1] and shape(other) == shape(one):  # type: ignore[union-attr]
+            return one, _Addend(1.0, True, (divisor, other, negated))  # type: ignore[return-value]
+    return divisor, _Addend()
 
 
 def _late(node: fx.Node, tensor: fx.Node, divisor: fx.Node) -> Softmax | None:

@@ -32,7 +32,7 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
     lifter.probabilities = frame.probabilities
     lifter.carriers |= set(frame.path)
     for before, node, index in zip((frame.probabilities, *frame.path), frame.path, frame.path_index, strict=False):
-        if node in frame.zeroing:
+        if node in frame.passing:
             lifter.shifts = {**lifter.shifts, node: before}
         value = lifter.lift(node, index)
         if lifter.builder.program(value).uses("score"):
@@ -72,6 +72,7 @@ def check_dropout_is_private(lifter: Lifter, frame: Frame) -> None:
     """Refuse (FF407) dropout whose result somebody else sees too: they would see another mask."""
     drawn = {captured.node for captured in lifter.captures if captured.seed}
     inside = {*frame.carriers, *frame.path, frame.output, *(() if frame.softmax is None else frame.softmax.inside)}
+    inside |= set() if frame.sink is None else set(frame.sink.nodes)
     pending = list(drawn - {frame.output})
     seen = set(pending)
     while pending:

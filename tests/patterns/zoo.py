@@ -10,11 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 import zoo_scores
+import zoo_sinks
 import zoo_softmax
 import zoo_weights
 from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spelling, near_miss, qkv, spelling
 
-__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_softmax", "zoo_weights"]
+__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_weights"]
 
 # ------------------------------------------------------------------------------------------------ scale in every place
 
