@@ -18,7 +18,7 @@ from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
-from flashfuse.patterns.sinks import Cut, Sink, cut_of, find_sink, shifts_beside_sink
+from flashfuse.patterns.sinks import Cut, Sink, beside_sink, cut_of, find_sink
 from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
@@ -163,7 +163,7 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     if refined(index[softmax.dim]) != refined(second.summed):  # type: ignore[arg-type]
         found = f"softmax over dim {softmax.dim - len(index)}, while the product with the value sums over another axis"
         raise Refused("FF202", softmax.anchor, found)
-    shifts = shifts_beside_sink(softmax, row_shifts(softmax, index, second.summed))
+    softmax, shifts = beside_sink(softmax, row_shifts(softmax, index, second.summed))
     sink = find_sink(softmax, cut, shifts, index)
     scores = softmax.scores if sink is None else sink.scores
     product, carriers = find_product(scores, shifts)

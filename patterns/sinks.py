@@ -7,7 +7,7 @@ exponentials (`exp(x) / (1 + exp(x).sum())`, "softmax plus one").
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,11 +23,12 @@ from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, normal_dim, shape, value_of
 from flashfuse.patterns.exponential import exponent
 from flashfuse.patterns.score_cone import Lifter, describe, folded
-from flashfuse.patterns.softmax import Softmax, same_elements
+from flashfuse.patterns.softmax import Softmax, same_elements, takes_off_maximum
 from flashfuse.patterns.spellings import ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
+_NOTHING = 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,23 @@ def cut_of(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> Cut | None:
     return Cut(node, start)
 
 
-def shifts_beside_sink(softmax: Softmax, shifts: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+def beside_sink(softmax: Softmax, shifts: dict[fx.Node, fx.Node]) -> tuple[Softmax, dict[fx.Node, fx.Node]]:
     """Of the terms that cancel in a softmax those that also do beside a number in its sum: the shift that the number has too.
 
-    Refuses (FF401) such a shift if it is not known to cancel.
+    Beside exponentials of which the largest is 1, a number below float32's resolution is nothing. Refuses (FF401) another
+    shift, which does not cancel.
     """
     if softmax.added is None:
-        return shifts
-    if not softmax.shifted:
-        return {}
+        return softmax, shifts
     shifted = exponent(softmax.scores)
-    if shifted is None or shifted not in shifts:
-        raise Refused("FF401", softmax.scores, "what is taken off the scores is no statistic of their rows")
-    return {shifted: shifts[shifted]}
+    if softmax.shifted and shifted in shifts:
+        return softmax, {shifted: shifts[shifted]}
+    if softmax.shifted or shifts:
+        by_maximum = set(shifts) == {shifted} and softmax.scores.target is aten.exp.default and takes_off_maximum(shifted)
+        if softmax.shifted or softmax.added > _NOTHING or not by_maximum:
+            raise Refused("FF401", softmax.anchor, "a number in the sum of exponentials of scores less something else")
+        return replace(softmax, added=None), shifts
+    return softmax, shifts
 
 
 def find_sink(softmax: Softmax, cut: Cut | None, shifts: dict[fx.Node, fx.Node], index: Index) -> Sink | None:
@@ -109,7 +114,7 @@ def _padded(node: fx.Node, softmax: Softmax, cut: Cut, passed: tuple[fx.Node, ..
     wanted = [0, 1] if cut.start == 0 else [1, 0]
     last = softmax.dim == len(shape(node)) - 1
     if list(call["pad"]) != wanted or call["mode"] != "constant" or not last or not isinstance(value, (int, float)):
-        raise Refused("FF401", node, "what is cut off after the softmax is not the one column joined to the scores")
+        raise Refused("FF401", cut.node, "what is cut off after the softmax is not the one column joined to the scores")
     return Sink(call["self"], constant=float(value), nodes=(*passed, node))
 
 

@@ -337,6 +337,14 @@ def _without_statistic(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> f
     return tensor if same_elements(source.args[0])[0] is same_elements(tensor)[0] else None  # type: ignore[arg-type, return-value]
 
 
+def takes_off_maximum(node: fx.Node) -> bool:
+    """Whether a sum whose other term cancels (see `row_shifts`) is a tensor less its own rows' maximum."""
+    source, _own, _passed = upwards(node.args[1], tuple(axes.fresh("r", size) for size in shape(node.args[1])))  # type: ignore[arg-type]
+    if source is not None and source.target is operator.getitem:
+        source = source.args[0]  # type: ignore[assignment]
+    return node.target is aten.sub.Tensor and source is not None and source.target in _STATISTICS - _LOG_SUMS
+
+
 _STATISTICS = frozenset({aten.amax.default, aten.max.dim, aten.max.default}) | _LOG_SUMS
 
 

@@ -118,6 +118,41 @@ def test_every_attention_is_fused_and_right(family: Family, mode: str):
         assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}, shape {tuple(mine.shape)}"
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gpt_oss_has_its_sinks(training: bool):
+    """Against float32: its experts have no float64."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    overrides = {**GROUPED, "head_dim": 16, "sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model, inputs = build(Family("gpt-oss", "GptOssForCausalLM", "GptOssConfig", overrides), training=training)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    compiled = torch.compile(model, backend="flashfuse", options={"inner": "aot_eager"})
+    ours = [t.clone() for t in outputs(compiled, model, inputs, training=training)]
+    counters = torch._dynamo.utils.counters["flashfuse"]
+    assert (counters["fused"], counters["refused"]) == (2, 0)
+    for mine, eager in zip(ours, outputs(model, model, inputs, training=training), strict=True):
+        torch.testing.assert_close(mine, eager, atol=1e-6, rtol=1e-4)
+
+
+def test_training_with_dropout():
+    """The same seed gives the same step, and dropout changes it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    bert = next(family for family in FAMILIES if family.name == "bert")
+    family = Family("bert with dropout", bert.model, bert.config, {"attention_probs_dropout_prob": 0.2})
+    model, inputs = build(family, training=True)
+    compiled = torch.compile(model, backend="flashfuse", options={"inner": "aot_eager"})
+    steps = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        steps.append([t.clone() for t in outputs(compiled, model, inputs, training=True)])
+    counters = torch._dynamo.utils.counters["flashfuse"]
+    assert (counters["fused"], counters["refused"]) == (2, 0)
+    assert all(torch.equal(one, again) for one, again in zip(steps[0], steps[1], strict=True))
+    assert not torch.equal(steps[0][0], steps[2][0])
+
+
 def test_left_padding_equals_eager():
     """Rows whose keys are all padding: eager code gives the mean of all values, and so must the fused attention.
 

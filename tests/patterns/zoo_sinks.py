@@ -44,7 +44,7 @@ def column_of_sinks_with_the_maximum_taken_off(q, k, v, sinks):
 @spelling(inputs=_with_sinks, gradients=(0, 1, 2, 3), sink="c0[h]")
 def column_of_sinks_in_front(q, k, v, sinks):
     joined = torch.cat([_column(sinks), _scores(q, k)], dim=3)
-    return F.softmax(joined.float(), dim=-1).narrow(-1, 1, S) @ v
+    return F.softmax(joined, dim=-1).narrow(-1, 1, S) @ v
 
 
 @spelling(inputs=lambda: (*qkv(), torch.randn(B, H, S)), gradients=(0, 1, 2, 3), sink="c0[b, h, m]", weight="p * 0.5")
@@ -83,6 +83,13 @@ def softmax_plus_one_with_the_maximum_taken_off(q, k, v):
     return (e / (e.sum(-1, keepdim=True) + torch.exp(-top))) @ v
 
 
+@spelling()
+def a_tiny_number_in_the_sum_beside_one(q, k, v):
+    x = _scores(q, k)
+    e = torch.exp(x - x.max(-1, keepdim=True).values)
+    return (e / (e.sum(-1, keepdim=True) + 1e-9)) @ v
+
+
 @spelling(sink="0.693147")
 def softmax_plus_two(q, k, v):
     e = torch.exp(_scores(q, k))
@@ -90,6 +97,13 @@ def softmax_plus_two(q, k, v):
 
 
 # ------------------------------------------------------------------------------------------------ near misses
+
+
+@near_miss("FF401", "softmax_plus_one_with_the_maximum_taken_off")
+def one_in_the_sum_after_the_maximum_is_taken_off(q, k, v):
+    x = _scores(q, k)
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return (e / (e.sum(-1, keepdim=True) + 1)) @ v
 
 
 @near_miss("FF401", "column_of_sinks", inputs=lambda: (*qkv(n=S + 1)[:2], qkv()[2]))

@@ -87,7 +87,7 @@ def padding_multiplied_afterwards(q, k, v, keep):
     return (_probabilities(q, k) * keep[:, None, None, :]) @ v
 
 
-@spelling(inputs=lambda: (*qkv(), _padding()), weight="(0 if not c0[b, n] else p)")
+@spelling(inputs=lambda: (*qkv(), _padding()), weight="(0 if (not c0[b, n]) else p)")
 def padding_filled_with_zero_afterwards(q, k, v, keep):
     return _probabilities(q, k).masked_fill(~keep[:, None, None, :], 0.0) @ v
 
@@ -97,13 +97,13 @@ def padded_queries_chosen_away(q, k, v, keep):
     return torch.where(keep[:, None, :, None], _probabilities(q, k), torch.zeros(())) @ v
 
 
-@spelling(inputs=lambda: (*qkv(), _empty()), keeps="c0[b, n]", rows="zero", weight="(0 if not c0[b, n] else p)")
+@spelling(inputs=lambda: (*qkv(), _empty()), keeps="c0[b, n]", rows="zero", weight="(0 if (not c0[b, n]) else p)")
 def the_same_mask_before_and_after(q, k, v, keep):
     drop = ~keep[:, None, None, :]
     return (q @ k.mT * 0.25).masked_fill(drop, float("-inf")).softmax(-1).masked_fill(drop, 0.0) @ v
 
 
-@spelling(inputs=lambda: (*qkv(), _empty()), keeps="c0[b, n]", rows="exact", weight="(0 if not c0[b, n] else p)")
+@spelling(inputs=lambda: (*qkv(), _empty()), keeps="c0[b, n]", rows="exact", weight="(0 if (not c0[b, n]) else p)")
 def a_finite_mask_before_and_zero_after(q, k, v, keep):
     drop = ~keep[:, None, None, :]
     p = (q @ k.mT * 0.25).masked_fill(drop, torch.finfo(torch.float32).min).softmax(-1)
