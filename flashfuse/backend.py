@@ -20,7 +20,8 @@ from flashfuse.commentary import tell
 from flashfuse.errors import StrictError
 from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
-from flashfuse.patterns.normal_form import NormalForm, is_opaque, normalise
+from flashfuse.patterns.normal_form import NormalForm, is_opaque
+from flashfuse.patterns.normalise import normalise
 from flashfuse.patterns.score_cone import user_place
 from flashfuse.patterns.search import Site, find_attention, refusal
 from flashfuse.patterns.user_names import capture_names

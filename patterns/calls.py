@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,19 @@ def value_of(x: Any) -> Any:
 def shape(x: Any) -> tuple[Any, ...]:
     """The shape of a node's tensor."""
     return tuple(value_of(x).shape)
+
+
+def kind_of(value: Any) -> Any:
+    """All that an operation can see of a fake tensor or a symbolic number, hashable."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return (type(value), value.node.expr)
+    sizes = (*value.shape, *value.stride(), value.storage_offset())
+    return (type(value), value.dtype, value.device, value.requires_grad, value.ndim, sizes_key(sizes))
+
+
+def sizes_key(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    """Sizes as integers and expressions: equal for equal sizes, hashable, and no guard is made."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def is_tensor(x: Any) -> bool:

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, LayoutError, Size, refined
-from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
+from flashfuse.patterns.calls import bind, is_tensor, kind_of, shape, sizes_key, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
@@ -139,8 +141,19 @@ def canonical_view(index: Index, groups: Sequence[Sequence[Axis]]) -> View:
 
 
 def is_viewable(stage: Stage, view: View) -> bool:
-    """Whether the view needs no copy, tried on the stage's fake tensor."""
+    """Whether the view needs no copy, tried on the stage's fake tensor, once for all layers that are alike."""
     fake = value_of(stage.node)
+    known = _viewable.setdefault(fake.fake_mode, {})
+    key = (kind_of(fake), view.order, view.insert, *map(sizes_key, (view.split, view.expand, view.merge)))
+    if key not in known:
+        known[key] = _applies(view, fake)
+    return known[key]
+
+
+_viewable: WeakKeyDictionary[FakeTensorMode, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def _applies(view: View, fake: FakeTensor) -> bool:
     try:
         with fake.fake_mode:
             view.apply(fake)

@@ -11,7 +11,7 @@ import torch
 
 from flashfuse.options import Options
 from flashfuse.patterns.attention import Match
-from flashfuse.patterns.normal_form import normalise
+from flashfuse.patterns.normalise import normalise
 from flashfuse.patterns.search import Site, find_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
