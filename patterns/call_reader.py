@@ -115,6 +115,8 @@ class _CallReader:
         if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
             return operator.getitem(*args)
         example = node.meta.get("example_value")
+        if node.target is torch.tensor and not isinstance(args[0], (bool, int, float)):
+            return self._held(example, node.name)  # a constant
         if not _has_tensor(example) and (example is not None or not tensors):
             if node.target not in _METADATA:
                 self.handed_over += tensors

@@ -180,7 +180,12 @@ def _do_not_record_sizes() -> None:
 def _called(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_method":
         return lambda this, *args, **kwargs: getattr(this, str(node.target))(*args, **kwargs)
-    return node.target  # type: ignore[return-value]
+    return _number_as_tensor if node.target is torch.tensor else node.target  # type: ignore[return-value]
+
+
+def _number_as_tensor(number: Any, *, dtype: Any = None, device: Any = None, **_how: Any) -> torch.Tensor:
+    """torch.tensor(number): what it says, instead of a constant whose value is not to be seen."""
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def _plain(value: Any) -> Any:

@@ -115,6 +115,19 @@ def test_a_write_through_idle_dropout_is_seen():
     assert dict(site.found.spec.describe())["score"] == "s * 0.5"
 
 
+def fill_as_tensor(q, k, v):
+    keep = torch.tensor([[True, False, True, True, True, False]])
+    fill = torch.tensor(torch.finfo(q.dtype).min, dtype=q.dtype)
+    return torch.where(keep, q @ k.mT, fill).softmax(-1) @ v
+
+
+def test_a_number_made_a_tensor_keeps_its_value():
+    form = read_calls(captured(fill_as_tensor, *qkv()), lambda node: True)
+    (site,) = find_attention(form.graph, requires_grad=lambda node: False)
+    assert isinstance(site.found, Match), site.found
+    assert len(site.found.captures) == 1
+
+
 def test_a_write_into_a_view_needs_the_whole_graph():
     module = captured(view_written, *qkv())
     with pytest.raises(NotByCalls, match="another view"):
