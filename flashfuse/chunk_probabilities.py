@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from flashfuse.chunk_scores import Window
 from flashfuse.chunks import Call, Chunk
 from flashfuse.ir.derivative import differentiate
+from flashfuse.ir.score_builder import Builder
+from flashfuse.ir.score_program import ScoreProgram
 
 AddToCapture = Callable[[int, Window, Tensor], None]  # number, window, gradient of its elements
 
@@ -34,20 +38,41 @@ def weighted(call: Call, chunk: Chunk, probabilities: Tensor) -> Tensor:
     return window.values(call.spec.weight, probability=own)[0].expand_as(own).contiguous().view_as(probabilities)
 
 
+@dataclass(frozen=True)
+class WeightBackward:
+    """`program` has the results: the weighted probability, the gradient of the probability, and that of each of `loads`."""
+
+    program: ScoreProgram
+    loads: tuple[tuple[int, str], ...]
+
+
+@lru_cache(maxsize=256)
+def weight_backward(weight: ScoreProgram, wanted: tuple[int, ...]) -> WeightBackward:
+    """A weight and its derivative as one program, so that random bits are drawn once for both."""
+    derivative = differentiate(weight, wanted)
+    builder = Builder()
+    weighted_value = builder.include(weight)[weight.result]
+    values = builder.include(derivative.program)
+    results = [values[result] for result in derivative.program.results]
+    return WeightBackward(builder.program(weighted_value, *results), derivative.loads)
+
+
 def through_weight(
     call: Call, chunk: Chunk, probabilities: Tensor, grad: Tensor, wanted: tuple[int, ...], add: AddToCapture
-) -> Tensor:
-    """From the gradient of weighted probabilities to that of probabilities, adding up those of captures."""
+) -> tuple[Tensor, Tensor]:
+    """The weighted probabilities, and the gradient of the probabilities from theirs, adding up those of captures."""
     if call.spec.weight is None:
-        return grad
+        return probabilities, grad
     window = Window(call, chunk, chunk.keys.lo, chunk.keys.hi)
-    derivative = differentiate(call.spec.weight, wanted)
+    backward = weight_backward(call.spec.weight, wanted)
     own = call.unfolded(grad, chunk)
-    found, *loads = window.values(derivative.program, probability=call.unfolded(probabilities, chunk), grad=own)
-    whole = torch.as_tensor(found, dtype=call.dtype, device=call.device).expand_as(own)
-    for (number, _), value in zip(derivative.loads, loads, strict=True):
-        add(number, window, torch.as_tensor(value, dtype=call.dtype, device=call.device).expand_as(own))
-    return whole.contiguous().view_as(grad)
+    values = window.values(backward.program, probability=call.unfolded(probabilities, chunk), grad=own)
+    weighted_values, found, *loads = (
+        torch.as_tensor(value, dtype=call.dtype, device=call.device).expand_as(own) for value in values
+    )
+    for (number, _), value in zip(backward.loads, loads, strict=True):
+        add(number, window, value)
+    return weighted_values.contiguous().view_as(grad), found.contiguous().view_as(grad)
 
 
 def through_sink(call: Call, chunk: Chunk, grad: Tensor, wanted: tuple[int, ...], add: AddToCapture) -> None:

@@ -215,10 +215,10 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
         probabilities.sub_(gradients.stats[1][chunk.place])
     probabilities.sub_(gradients.stats[0][chunk.place]).exp_()
     overwrite(probabilities, [], hidden, 0.0)
-    gradients.value[chunk.pairs, keys].baddbmm_(weighted(call, chunk, final).mT, grad_out)
     grad = torch.bmm(grad_out, call.value[chunk.pairs, keys].mT, out=scratch.scores("grad", chunk))
     wanted = tuple(gradients.captures)
-    grad = through_weight(call, chunk, final, grad, wanted, gradients.add_to_capture)
+    weighted_values, grad = through_weight(call, chunk, final, grad, wanted, gradients.add_to_capture)
+    gradients.value[chunk.pairs, keys].baddbmm_(weighted_values.mT, grad_out)
     sink = _sink_probability(gradients, chunk, hidden)
     if gradients.out.dtype is call.dtype:
         delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
