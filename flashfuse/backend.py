@@ -26,7 +26,7 @@ from flashfuse.patterns.score_cone import user_place
 from flashfuse.patterns.search import Site, find_attention, refusal
 from flashfuse.patterns.user_names import capture_names
 from flashfuse.records import GraphRecord, SiteRecord
-from flashfuse.refusal import Refusal, Refused
+from flashfuse.refusal import CATALOGUE, Refusal, Refused
 from flashfuse.rewrite import Rewriter
 from flashfuse.stages import Fused
 
@@ -80,7 +80,7 @@ def fuse(module: fx.GraphModule, options: Options) -> Fused:
         form, sites = read(module, options, writers)
     except Exception as error:
         log.info("graph could not be read", exc_info=True)
-        failure = _in_words(error)
+        failure = f"FF104 {CATALOGUE['FF104'].title}: {_in_words(error)}"
         if _may_hold_attention(module):
             warn(f"a graph could not be read ({failure}) and is compiled without flashfuse")
         whole = _with_subgraphs(module, inner)

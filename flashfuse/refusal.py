@@ -38,8 +38,6 @@ _ROWS = (
          "tell them apart, so this may not be query @ key^T.", "Use key.transpose(-2, -1)."),
     Code("FF204", "layout", "An operand reaches the product in a layout that no strided view describes.",
          "Keep batch, head, sequence and head_dim as separate axes, or flatten only batch and heads."),
-    Code("FF205", "mixed dtypes", "Query and key (or probabilities and value) differ in dtype.",
-         "Cast them to one dtype before the product."),
     Code("FF206", "dtype", "Only float16, bfloat16 and float32 attention has kernels.", "Cast to a supported dtype."),
     Code("FF207", "head dim", "Kernels exist for head dims from 1 to 256.", "Use a smaller head_dim."),
     Code("FF208", "device", "There is no kernel for this device.", "Use an NVIDIA GPU or the CPU."),

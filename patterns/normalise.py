@@ -30,9 +30,18 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
         form = trace_whole(module, writes_of)
     form.graph.eliminate_dead_code()
     _apply_autocast(form, fake_mode_of(module.graph))
+    _keep_lines(form)
     alive = set(form.graph.nodes)
     form.origins = {node: origins for node, origins in form.origins.items() if node in alive}
     return form
+
+
+def _keep_lines(form: NormalForm) -> None:
+    """Give the user's line to nodes that a composite call (nn.TransformerEncoderLayer's own forward) made without one."""
+    for node, made_by in form.produced.items():
+        line = made_by.meta.get("stack_trace")
+        if line and not node.meta.get("stack_trace"):
+            node.meta["stack_trace"] = line
 
 
 def _apply_autocast(form: NormalForm, fake_mode: FakeTensorMode | None) -> None:
