@@ -143,7 +143,7 @@ class _CallReader:
     def _copied(self, node: fx.Node, trace: CallTrace, held: list[Held]) -> Any:
         """The trace's calls on these arguments, and what they do to storages."""
         copies: dict[fx.Node, fx.Node] = {inner: each.node for inner, each in zip(trace.inputs, held, strict=True)}
-        shown = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
+        shown = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
         for inner in trace.graph.nodes:
             if inner.op != "call_function":
                 continue
