@@ -50,8 +50,8 @@ _ROWS = (
     Code("FF401", "unknown operation", "An operation between query @ key^T and the output has no meaning to flashfuse.",
          "Express it elementwise on the scores, or report it."),
     Code("FF402", "argument", "An argument of an operation has a value that flashfuse does not know.", "Use the plain form."),
-    Code("FF403", "several products", "More than one product is summed into the scores.",
-         "Concatenate along head_dim, or wait for a later version."),
+    Code("FF403", "no query @ key^T", "The scores come from a product whose second factor differs for each query, or from "
+         "products that mix the heads of scores.", "Only query @ key^T and terms added to it can be fused."),
     Code("FF404", "scale is a full tensor", "The scores are multiplied by a tensor over queries and keys.",
          "Scale by a number, or by a tensor per head."),
     Code("FF405", "gradient of a capture", "A tensor read at computed positions needs a gradient.",

@@ -166,23 +166,64 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     softmax, shifts = beside_sink(softmax, row_shifts(softmax, index, second.summed))
     sink = find_sink(softmax, cut, shifts, index)
     scores = softmax.scores if sink is None else sink.scores
-    product, carriers = find_product(scores, shifts)
-    first = contraction.operands(product, _index_at(scores, index, product, carriers, shifts), "d")
-    query_first = _is_query_first(product, first, second.summed)
+    value = (second.right, second.right_index) if left else (second.left, second.left_index)
+    rows = tuple(dim for place, dim in enumerate(index) if place != softmax.dim)
+    chosen = _choose(find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1])
+    first, query_first = chosen.operands, chosen.query_first
     sides = [(first.left, first.left_index), (first.right, first.right_index)]
     query, key = sides if query_first else sides[::-1]
-    value = (second.right, second.right_index) if left else (second.left, second.left_index)
     return Frame(
         softmax, way.output, source, way.path, tuple(path_index),
-        way.zeroing | ({cut.node} if cut is not None else frozenset()), bool(way.zeroing), product, carriers, out_index,
-        rows=tuple(dim for place, dim in enumerate(index) if place != softmax.dim),
+        way.zeroing | ({cut.node} if cut is not None else frozenset()), bool(way.zeroing), chosen.product, chosen.carriers,
+        out_index,
+        rows=rows,
         keys=second.summed,
         query=tuple(peel(*query, flow, linear=True)),
         key=tuple(peel(*key, flow, linear=True)),
         value=tuple(peel(*value, flow, linear=False)),
         scores=scores, sink=sink, score_index=index, shifts=shifts, operands=first, query_first=query_first,
-        score_dtype=value_of(product).dtype,
+        score_dtype=value_of(chosen.product).dtype,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The product of query and key, the nodes that carry the score from there to the softmax, and its operands."""
+
+    product: fx.Node
+    carriers: frozenset[fx.Node]
+    operands: contraction.Operands
+    query_first: bool
+
+
+def _choose(
+    products: list[tuple[fx.Node, frozenset[fx.Node]]], scores: fx.Node, index: Index, shifts: dict[fx.Node, fx.Node],
+    keys: tuple[Axis, ...], rows: Index, value: Index,
+) -> _Scores:  # fmt: skip
+    """The product of query and key among those that are summed into the scores; the others become captured tensors.
+
+    Raises what the first of them raised if none can be it.
+    """
+    found: list[_Scores] = []
+    failed: list[Exception] = []
+    for product, carriers in products:
+        try:
+            operands = contraction.operands(product, _index_at(scores, index, product, carriers, shifts), "d")
+            query_first = _is_query_first(product, operands, keys)
+            _check_key(product, operands.right_index if query_first else operands.left_index, rows, value)
+            found.append(_Scores(product, carriers, operands, query_first))
+        except (Refused, axes.LayoutError) as error:
+            failed.append(error)
+    if not found:
+        raise failed[0]
+    return found[0]
+
+
+def _check_key(product: fx.Node, key: Index, rows: Index, value: Index) -> None:
+    """Refuse (FF403) a key that differs for each query: a product with such a tensor is a bias, or mixes heads."""
+    in_rows, in_key, in_value = ({axis for dim in each for axis in refined(dim)} for each in (rows, key, value))  # type: ignore[arg-type]
+    if in_rows - in_value and in_rows - in_value <= in_key:
+        raise Refused("FF403", product, "its second factor is another one for each query")
 
 
 def _index_of_product(way: Way, out_index: Index) -> Index:
@@ -209,8 +250,8 @@ def _through(node: fx.Node, before: fx.Node, index: Index) -> Index:
     return row.index(None, call, index)
 
 
-def find_product(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> tuple[fx.Node, frozenset[fx.Node]]:
-    """The one product that the scores come from, and the nodes that carry the score between it and `scores`."""
+def find_products(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> list[tuple[fx.Node, frozenset[fx.Node]]]:
+    """The products that the scores come from, each with the nodes that carry the score between it and `scores`."""
     products: list[fx.Node] = []
     seen: set[fx.Node] = set()
     stopped: list[fx.Node] = []
@@ -229,12 +270,26 @@ def find_product(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> tuple[fx.No
         else:
             stopped.append(node)
     if not products:
+        unknown = next((node for node in stopped if _comes_from_product(node)), None)
+        if unknown is not None:
+            raise Refused("FF401", unknown, f"{describe(unknown)} between the product and the softmax")
         raise Refused("FF201", stopped[0] if stopped else scores, "no product between the softmax and " + _names(stopped))
     carrying = [node for node in products if not _makes_side_value(node, scores, seen)]
-    if len(carrying) != 1:
-        raise Refused("FF403", products[0], f"{len(products)} products are summed into the scores: {_names(products)}")
-    carriers = _between(carrying[0], scores, seen)
-    return carrying[0], carriers
+    return [(node, _between(node, scores, seen)) for node in carrying or products]
+
+
+def _comes_from_product(node: fx.Node, most: int = 40) -> bool:
+    """Whether a product lies close above a node of the same shape."""
+    stack, seen = list(node.all_input_nodes), {node}
+    while stack and len(seen) < most:
+        current = stack.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if contraction.is_product(current) and is_tensor(node) and len(shape(current)) == len(shape(node)):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def _added(node: fx.Node) -> list[fx.Node]:
@@ -267,20 +322,17 @@ def _index_at(
     """The product's index, followed through the carriers. Refuses if two ways disagree."""
     found: list[Index] = []
     stack: list[tuple[fx.Node, Index]] = [(scores, index)]
-    seen: set[fx.Node] = set()
+    seen: dict[fx.Node, Index] = {}
     while stack:
         node, own = stack.pop()
         if node is product:
             found.append(own)
             continue
         if node in seen:
+            found += [] if _same_index(seen[node], own) else [own, seen[node]]
             continue
-        seen.add(node)
-        row = ROWS.get(node.target)
-        if row is None and contraction.is_product(node):
-            raise Refused("FF403", node, "a product between the product of query and key and the softmax")
-        if row is None:
-            raise Refused("FF401", node, describe(node))
+        seen[node] = own
+        row = ROWS[node.target]
         for argument in [shifts[node]] if node in shifts else node.all_input_nodes:
             if argument is not product and argument not in carriers:
                 continue
@@ -288,9 +340,13 @@ def _index_at(
                 stack.append((argument, row.index(None, bind(node, row.reads), own)))
             else:
                 stack.append((argument, axes.broadcast(own, shape(argument))))
-    if len({tuple(refined(dim) for dim in each) for each in found}) != 1:  # type: ignore[arg-type]
+    if not all(_same_index(each, found[0]) for each in found):
         raise Refused("FF204", product, "the scores reach the softmax in two different layouts")
     return found[0]
+
+
+def _same_index(a: Index, b: Index) -> bool:
+    return len(a) == len(b) and all(refined(x) == refined(y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
 
 
 def _is_query_first(product: fx.Node, operands: contraction.Operands, keys: tuple[Axis, ...]) -> bool:
@@ -301,8 +357,12 @@ def _is_query_first(product: fx.Node, operands: contraction.Operands, keys: tupl
     )
     if left and right:
         raise Refused("FF201", product, "both factors run over the keys, so this is no query @ key^T")
+    if not wanted:
+        raise Refused("FF201", product, "the softmax runs over a single key, so that it gives 1 whatever the scores")
     if not left and not right:
         raise Refused("FF201", product, "no factor runs over the keys that the softmax normalises")
+    if left | right != wanted:
+        raise Refused("FF201", product, "its factor runs over a part of the keys that the softmax normalises only")
     return bool(right)
 
 

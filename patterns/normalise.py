@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashfuse.patterns.aliases import rename
 from flashfuse.patterns.call_reader import read_calls
 from flashfuse.patterns.call_traces import NotByCalls
 from flashfuse.patterns.normal_form import NormalForm, fake_mode_of
@@ -28,6 +29,7 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
     except NotByCalls as reason:
         log.info("the graph is traced as a whole: %s", reason)
         form = trace_whole(module, writes_of)
+    rename(form.graph)
     form.graph.eliminate_dead_code()
     _apply_autocast(form, fake_mode_of(module.graph))
     _keep_lines(form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flashfuse.patterns import axes
@@ -56,10 +57,9 @@ def _roles(frame: Frame, rows: tuple[Axis, ...], key: Stage, value: Stage) -> Ro
     in_key, in_value = set(key.axes()), set(value.axes())
     only_query = [axis for axis in rows if axis not in in_key and axis not in in_value and axis in frame.query[0].axes()]
     batch = [axis for axis in rows if axis not in only_query]
-    # the last query-only axis is the query position; those right before it and after all batch axes are a head group
-    queries = tuple(only_query[-1:]) if only_query and rows[-1] is only_query[-1] else ()
-    if only_query and not queries:
-        return None
+    # the longest query-only axis is the query position; those right before it and after all batch axes are a head group
+    queries = _query_axes(frame, only_query)
+    rows = (*(axis for axis in rows if axis not in queries), *queries)
     tail: list[Axis] = []
     for axis in reversed(rows[: len(rows) - len(queries)]):
         if axis not in only_query:
@@ -69,6 +69,29 @@ def _roles(frame: Frame, rows: tuple[Axis, ...], key: Stage, value: Stage) -> Ro
     batch += [axis for axis in only_query if axis not in tail and axis not in queries]
     batch = [axis for axis in rows if axis in batch]
     return Roles(tuple(batch[:-1]), tuple(batch[-1:]), tuple(tail), queries, frame.query[0], key, value)
+
+
+def _query_axes(frame: Frame, only_query: list[Axis]) -> tuple[Axis, ...]:
+    """The longest run of query-only axes that one axis of the output was split into; the last of equals.
+
+    A symbolic length counts as longer than a known one.
+    """
+    runs: list[tuple[Axis, ...]] = [()]
+    for dim in frame.out_index:
+        for whole in dim:  # type: ignore[union-attr]
+            run: tuple[Axis, ...] = ()
+            for axis in (*refined((whole,)), None):
+                if axis in only_query:
+                    run = (*run, axis)  # type: ignore[arg-type]
+                    continue
+                runs.append(run)
+                run = ()
+    return max(reversed(runs), key=_length)
+
+
+def _length(run: tuple[Axis, ...]) -> float:
+    size = axes.product([axis.size for axis in run])
+    return size if isinstance(size, int) and run else 0 if not run else math.inf
 
 
 def _stage_views(

@@ -134,6 +134,8 @@ class Lifter:
             return self.lift(self.shifts[node], index)
         if node in self.carriers:
             return self._by_row(node, index)
+        if _is_the_traces_own(node):
+            raise Refused("FF304", node, "a constant")
         marks = len(self.captures), len(self.sizes)
         try:
             lifted = self._by_row(node, index)
@@ -341,8 +343,16 @@ def _behind_views(node: fx.Node, index: Index, flow: GradientFlow) -> list[tuple
             inner = row.index(None, call, index)
         except (Refused, axes.LayoutError):
             return stages
+        if _is_the_traces_own(call["self"]):
+            return stages
         node, index = call["self"], inner
         stages.append((node, index))
+
+
+def _is_the_traces_own(node: fx.Node) -> bool:
+    """Whether a node is a constant as the trace keeps it (`torch.tensor(0.5)`): the captured graph names a later node."""
+    lifted = node.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+    return node.op == "get_attr" or (lifted and any(user.target is torch.ops.aten.detach.default for user in node.users))
 
 
 def _is_mask(value: Value) -> bool:

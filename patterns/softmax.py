@@ -109,8 +109,8 @@ def _exponential(node: fx.Node) -> Softmax | None:
     return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes))
 
 
-_LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default})
-_LOG_SUMS = frozenset({aten.logsumexp.default, aten.special_logsumexp.default})
+_LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default})
+_LOG_SUMS = frozenset({aten.logsumexp.default})
 
 
 # ------------------------------------------------------------------------------------------------ exponentials and their sum
@@ -364,7 +364,6 @@ def _runs_over(index: Index, keys: tuple[Axis, ...]) -> bool:
 _FORMS: dict[Any, Callable[[fx.Node], Softmax | None]] = {
     aten.softmax.int: _softmax_call,
     aten._softmax.default: _softmax_call,
-    aten.special_softmax.default: _softmax_call,
     aten.exp.default: _exponential,
     aten.div.Tensor: _divided,
     aten.mul.Tensor: _multiplied,

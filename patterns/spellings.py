@@ -20,6 +20,7 @@ from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Index
 from flashfuse.patterns.calls import Call, normal_dim, shape, static_sizes, value_of
+from flashfuse.patterns.functions import FUNCTIONS, Function
 from flashfuse.refusal import Refused
 
 if TYPE_CHECKING:
@@ -142,7 +143,9 @@ def _select(lifter: Any, call: Call, index: Index) -> Index:
 
 def _repeat(_lifter: Any, call: Call, index: Index) -> Index:
     """`repeat`: the copies are the major part of each dimension, and leading new dimensions are all copies."""
-    sizes, repeats = shape(call["self"]), static_sizes(call["repeats"])
+    sizes = shape(call["self"])
+    repeats = static_sizes(call["repeats"] if "repeats" in call.arguments else call["dims"])
+    repeats = [1] * (len(sizes) - len(repeats)) + list(repeats)  # `tile` may name the last dimensions alone
     new = len(repeats) - len(sizes)
     operand = []
     for dim, size, count in zip(index[new:], sizes, repeats[new:], strict=True):
@@ -270,6 +273,25 @@ def _masked_fill(lifter: Lifter, call: Call, index: Index) -> Value:
     return lifter.builder.op("where", mask, fill, lifter.as_kind(lifter.operand(call["self"], index), kind))
 
 
+def _function(function: Function) -> Lift:
+    def lift(lifter: Lifter, call: Call, index: Index) -> Value:
+        return function(lifter.as_kind(lifter.operand(call["self"], index), Kind.FLOAT), call)
+
+    return lift
+
+
+def _addcmul(lifter: Lifter, call: Call, index: Index) -> Value:
+    kind = lifter.kind(call.node)
+    a, b, c = (lifter.as_kind(lifter.operand(call[name], index), kind) for name in ("self", "tensor1", "tensor2"))
+    factor = lifter.as_kind(lifter.operand(call["value"], index), kind)
+    return a + (b * c if factor.constant == 1 else b * c * factor)
+
+
+def _lerp(lifter: Lifter, call: Call, index: Index) -> Value:
+    start, end, weight = (lifter.as_kind(lifter.operand(call[n], index), Kind.FLOAT) for n in ("self", "end", "weight"))
+    return start + weight * (end - start)
+
+
 def _cast(lifter: Lifter, call: Call, index: Index) -> Value:
     value = lifter.operand(call["self"], index)
     return lifter.cast(lifter.as_kind(value, lifter.kind(call.node)), value_of(call.node).dtype)
@@ -389,6 +411,7 @@ _VIEWS = (
     Row(aten.slice.Tensor, (*_SELF, "dim", "start", "end", "step"), index=_slice),
     Row(aten.select.int, (*_SELF, "dim", "index"), index=_select),
     Row(aten.repeat.default, (*_SELF, "repeats"), index=_repeat),
+    Row(aten.tile.default, (*_SELF, "dims"), index=_repeat),
     Row(aten.repeat_interleave.self_int, (*_SELF, "repeats", "dim", "output_size"), index=_repeat_interleave),
     *(
         Row(t, _SELF, index=_same)
@@ -425,9 +448,9 @@ _COMPUTED = (
     Row(aten.reciprocal.default, _SELF, lift=_reciprocal),
     *(Row(t, _PAIR, lift=_pointwise("minimum", *_PAIR)) for t in (aten.minimum.default, aten.min.other)),
     *(Row(t, _PAIR, lift=_pointwise("maximum", *_PAIR)) for t in (aten.maximum.default, aten.max.other)),
-    Row(aten.clamp.default, (*_SELF, "min", "max"), lift=_clamp),
-    Row(aten.clamp_min.default, (*_SELF, "min"), lift=_clamp),
-    Row(aten.clamp_max.default, (*_SELF, "max"), lift=_clamp),
+    *(Row(t, (*_SELF, "min", "max"), lift=_clamp) for t in (aten.clamp.default, aten.clamp.Tensor)),
+    *(Row(t, (*_SELF, "min"), lift=_clamp) for t in (aten.clamp_min.default, aten.clamp_min.Tensor)),
+    *(Row(t, (*_SELF, "max"), lift=_clamp) for t in (aten.clamp_max.default, aten.clamp_max.Tensor)),
     *(
         Row(getattr(getattr(aten, name), overload), _PAIR, lift=_compare(name), makes_mask=True)
         for name in ("lt", "le", "gt", "ge", "eq", "ne")
@@ -456,6 +479,9 @@ _COMPUTED = (
         Row(t, (*_SELF, "mask", "value"), lift=_masked_fill, makes_mask=True, weighs=True)
         for t in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
     ),
+    *(Row(target, (*_SELF, *reads), lift=_function(function)) for target, reads, function in FUNCTIONS),
+    Row(aten.addcmul.default, (*_SELF, "tensor1", "tensor2", "value"), lift=_addcmul),
+    *(Row(t, (*_SELF, "end", "weight"), lift=_lerp) for t in (aten.lerp.Scalar, aten.lerp.Tensor)),
     Row(aten.to.dtype, (*_SELF, "dtype"), lift=_cast),
     Row(aten.to.dtype_layout, (*_SELF, "dtype"), lift=_cast),
     Row(aten.to.device, (*_SELF, "dtype"), lift=_cast),

@@ -163,6 +163,10 @@ _ROWS = (
             interval=_monotone("tanh")),
     ScoreOp("sigmoid", 1, "tl.sigmoid({0})", torch.sigmoid, (F,),
             grad=lambda g, out, a: (g * out * (1.0 - out),), interval=_monotone("sigmoid")),
+    ScoreOp("sin", 1, "tl.sin({0})", torch.sin, (F,), grad=lambda g, out, a: (g * Maths.call("cos", a),)),
+    ScoreOp("cos", 1, "tl.cos({0})", torch.cos, (F,), grad=lambda g, out, a: (-g * Maths.call("sin", a),)),
+    ScoreOp("erf", 1, "tl.erf({0})", torch.erf, (F,),
+            grad=lambda g, out, a: (g * 1.1283791670955126 * Maths.call("exp", -(a * a)),), interval=_monotone("erf")),
     # integers; both round towards minus infinity as torch's floor_divide and remainder do
     ScoreOp("floordiv", 2, "floordiv({0}, {1})", lambda a, b: torch.div(a, b, rounding_mode="floor"), (I, I),
             infix="{0} // {1}"),

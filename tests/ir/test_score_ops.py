@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,8 @@ def philox_bits(seed: Any, b: Any, h: Any, m: Any, n: Any) -> Any:
 TRITON_WORDS = {
     "tl": SimpleNamespace(
         exp=numpy.exp, log=numpy.log, sqrt=numpy.sqrt, rsqrt=lambda x: 1 / numpy.sqrt(x), abs=numpy.abs,
-        sigmoid=lambda x: 1 / (1 + numpy.exp(-x)), where=numpy.where,
+        sigmoid=lambda x: 1 / (1 + numpy.exp(-x)), where=numpy.where, sin=numpy.sin, cos=numpy.cos,
+        erf=numpy.vectorize(math.erf),
     ),
     "random_bits": philox_bits, "tanh": numpy.tanh, "minimum": numpy.minimum, "maximum": numpy.maximum, "not_": numpy.logical_not,
     "floordiv": numpy.floor_divide, "floormod": numpy.mod,

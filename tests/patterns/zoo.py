@@ -9,13 +9,17 @@ import math
 
 import torch
 import torch.nn.functional as F
+import zoo_layouts
 import zoo_scores
 import zoo_sinks
 import zoo_softmax
 import zoo_weights
 from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spelling, near_miss, qkv, spelling
 
-__all__ = ["NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_weights"]
+__all__ = [
+    "NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv",
+    "zoo_layouts", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_weights",
+]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ scale in every place
 
@@ -429,11 +433,6 @@ def integer_inputs(q, k, v):
 @near_miss("FF401", "causal_where_arange")
 def cumulative_sum_of_scores(q, k, v):
     return (q @ k.mT * 0.25).cumsum(-1).softmax(-1) @ v
-
-
-@near_miss("FF403", "additive_bias")
-def two_products(q, k, v):
-    return (q @ k.mT + k @ q.mT).softmax(-1) @ v
 
 
 @near_miss("FF401", "operators_mul")
