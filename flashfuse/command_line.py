@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "what will work on this machine, and how to mend what will not")
     why = command("why", _why, "what a refusal's code means; all of them without a code")
     why.add_argument("code", nargs="?", help="for instance FF203")
+    why.add_argument("--markdown", action="store_true", help="print the whole catalogue as docs/refusals.md has it")
     cache = command("cache", _cache, "the kernels on disk")
     cache.add_argument("action", choices=("list", "size", "clear"), nargs="?", default="list")
     return parser
@@ -161,6 +162,9 @@ def _why(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps([vars(row) for row in rows], indent=2))
         return OK
+    if chosen.markdown:
+        print(_markdown(), end="")
+        return OK
     out = console()
     if code:
         out.print(_page(rows[0]), markup=True)
@@ -170,6 +174,22 @@ def _why(chosen: argparse.Namespace) -> int:
         table.add_row(row.code, row.title, row.meaning, row.hint)
     out.print(table)
     return OK
+
+
+_MARKDOWN_HEAD = """# Why a softmax is left alone
+
+Printed by `python -m flashfuse why --markdown`; one code: `python -m flashfuse why FF202`.
+For each there is a program that gives it in [tests/flashfuse/test_refusals.py](../tests/flashfuse/test_refusals.py).
+
+| code | what | meaning | what to do |
+|---|---|---|---|
+"""
+
+
+def _markdown() -> str:
+    """The catalogue as docs/refusals.md."""
+    rows = [f"| {row.code} | {row.title} | {row.meaning} | {row.hint} |\n" for row in CATALOGUE.values()]
+    return _MARKDOWN_HEAD + "".join(rows)
 
 
 def _page(row: Code) -> str:
