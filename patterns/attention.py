@@ -126,7 +126,7 @@ def _lift(frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, Value
         return value
 
     lifter.score = product_value
-    lifter.dropped = partial(with_dropout, lifter)
+    lifter.dropped = partial(with_dropout, lifter, frame.path)
     assert frame.softmax is not None
     lift = partial(logarithm, lifter) if frame.softmax.exponential else lifter.lift
     value = lift(frame.scores, frame.score_index)

@@ -87,7 +87,8 @@ def find_ways(softmax: Softmax) -> list[Way]:
                 continue
             row = ROWS.get(user.target)
             if contraction.is_product(user):
-                ways.append(Way(path, user, user, zeroes))
+                if all(way.product is not user for way in ways):
+                    ways.append(Way(path, user, user, zeroes))
             elif _zeroes_nan(user, node):
                 pending.append((user, (*path, user), zeroes | {user}))
             elif row is not None and (row.index is not None or row.weighs or user.target in CASTS):
@@ -158,6 +159,8 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     for node, before in zip(reversed(way.path), reversed((source, *way.path[:-1])), strict=False):
         path_index.insert(0, index)
         cuts = None if cut is not None else cut_of(node, index, second.summed)
+        if cut is not None and cut.start and node.target in ROWS and ROWS[node.target].weighs:
+            raise Refused("FF401", node, "the probabilities are weighted before keys are cut off in front of them")
         cut = cut or cuts
         index = index if cuts is not None else _through(node, before, index)
     if refined(index[softmax.dim]) != refined(second.summed):  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def _kv_batch(call: Call, batch: axes.Index, sizes: tuple[Any, ...]) -> axes.Ind
 
 def _spec(call: Call, frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[Lifter, AttentionSpec]:
     positions = Positions({"b": roles.batch, "h": roles.heads, "m": roles.queries, "n": frame.keys})
-    lifter = Lifter(positions, call.node, frozenset({call.node}), flow)
+    lifter = Lifter(positions, call.node, frozenset(), flow)
     builder = lifter.builder
     score = builder.leaf("score")
     for name, factor in (*roles.query.scales, *roles.key.scales):
@@ -109,7 +109,7 @@ def _spec(call: Call, frame: Frame, roles: Roles, flow: GradientFlow) -> tuple[L
     if mask is not None:
         value = lifter.operand(mask, frame.score_index)
         score = builder.op("where", value, score, float("-inf")) if value.kind is Kind.BOOL else score + value
-    weight = with_dropout(lifter, call.node, builder.leaf("probability"), call["dropout_p"], frame.score_index)
+    weight = with_dropout(lifter, (call.node,), call.node, builder.leaf("probability"), call["dropout_p"], frame.score_index)
     captures = declared(lifter)
     program = folded(builder.program(score))
     weighed = weight_program(weight) if weight.statement.op != "probability" else None

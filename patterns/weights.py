@@ -42,8 +42,10 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
     return None if value.number == plain.number else value
 
 
-def with_dropout(lifter: Lifter, node: fx.Node, value: Value, rate: Any, index: Index) -> Value:
-    """`value`, an element at `index`, after dropout at `node`. Refuses FF401, FF402 where its mask has other elements."""
+def with_dropout(
+    lifter: Lifter, path: tuple[fx.Node, ...], node: fx.Node, value: Value, rate: Any, index: Index
+) -> Value:
+    """`value`, a probability at `index`, after dropout at `node` on their `path`. Refuses FF401, FF402 where that is not so."""
     if not isinstance(rate, (int, float)):
         raise Refused("FF402", node, f"dropout with p={rate!r}")
     if rate == 0:
@@ -52,8 +54,8 @@ def with_dropout(lifter: Lifter, node: fx.Node, value: Value, rate: Any, index: 
         return value * 0.0
     own = {axis for dim in index if not isinstance(dim, Value) for axis in refined(dim)}
     whole = {axis for group in lifter.positions.groups.values() for axis in refined(group)}
-    if node not in lifter.carriers or own != whole:
-        raise Refused("FF401", node, "random numbers that are not drawn for each score")
+    if node not in path or own != whole:
+        raise Refused("FF401", node, "random numbers that are not drawn for each probability")
     captured = Captured(node, seed=True)
     if captured not in lifter.captures:
         lifter.captures.append(captured)

@@ -80,6 +80,8 @@ class AttentionSpec:
                 raise InternalError(f"the final {name} must be a float")
             if program.uses("score" if name != "score" else "probability") or program.uses("grad"):
                 raise InternalError(f"the {name} reads what is not there for it")
+            if name != "weight" and program.uses("random_bits"):
+                raise InternalError("random numbers are for weights: kernels draw them for whole tiles of consecutive positions")
         if self.weight is not None and not is_proportional(self.weight):
             raise InternalError("the weight is not proportional to the probability")
         if self.sink is not None and (self.sink.uses("probability") or "n" in index_letters(self.sink, self.sink.result)):

@@ -116,6 +116,14 @@ def test_a_sink_is_the_same_for_all_keys() -> None:
         weighted(lambda p: p, lambda builder: builder.leaf("score")).verify()
 
 
+def test_random_numbers_are_for_weights() -> None:
+    builder = Builder()
+    bits = builder.op("random_bits", 1, 2, 3, 4, builder.leaf("index", "n"))
+    score = builder.leaf("score") * bits.apply("to_float", bits)
+    with pytest.raises(InternalError, match="random"):
+        AttentionSpec(builder.program(score)).verify()
+
+
 def test_what_follows_from_a_spec() -> None:
     masked = spec_of()
     assert masked.split.keep is not None

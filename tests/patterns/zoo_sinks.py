@@ -53,6 +53,14 @@ def sink_of_every_query_and_a_weight(q, k, v, sinks):
     return (joined.softmax(-1) * 0.5)[..., :-1] @ v
 
 
+@spelling(
+    inputs=lambda: (*_with_sinks(), torch.rand(S + 1)), gradients=(0, 1, 2, 3, 4), sink="c0[h]", weight="p * c1[n]",
+)  # fmt: skip
+def weighted_before_the_column_is_cut_off(q, k, v, sinks, weight):
+    joined = torch.cat([_scores(q, k), _column(sinks)], dim=-1)
+    return (joined.softmax(-1) * weight)[..., :-1] @ v
+
+
 @spelling(sink="0")
 def zero_column(q, k, v):
     return F.pad(_scores(q, k), (0, 1)).softmax(-1)[..., :S] @ v
@@ -140,3 +148,9 @@ def one_beside_exponentials_of_another_shift(q, k, v):
     shift = q.mean(-1, keepdim=True)
     e = torch.exp(x - shift)
     return (e / (e.sum(-1, keepdim=True) + torch.exp(-shift))) @ v
+
+
+@near_miss("FF401", "column_of_sinks_in_front", inputs=lambda: (*_with_sinks(), torch.rand(S + 1)))
+def weighted_before_the_column_in_front_is_cut_off(q, k, v, sinks, weight):
+    joined = torch.cat([_column(sinks), _scores(q, k)], dim=-1)
+    return (joined.softmax(-1) * weight)[..., 1:] @ v

@@ -133,6 +133,12 @@ def gate_of_every_element(q, k, v, gate):
     return (gate * _probabilities(q, k)) @ v
 
 
+@spelling(weight="((p * 0.5) if ((n - m) <= 0) else (p * 2))")
+def two_factors_chosen_by_position(q, k, v):
+    p = _probabilities(q, k)
+    return torch.where(_causal(), p * 0.5, p * 2.0) @ v
+
+
 # ------------------------------------------------------------------------------------------------ near misses
 
 
@@ -140,6 +146,11 @@ def gate_of_every_element(q, k, v, gate):
 def dropped_probabilities_returned(q, k, v):
     p = F.dropout(_probabilities(q, k), RATE, training=True)
     return p @ v, p
+
+
+@near_miss("FF401", "dropout_in_training")
+def dropout_of_the_scores(q, k, v):
+    return F.dropout(q @ k.mT * 0.25, RATE, training=True).softmax(-1) @ v
 
 
 @near_miss("FF401", "padding_filled_with_zero_afterwards")
