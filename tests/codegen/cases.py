@@ -219,6 +219,16 @@ def _scores() -> list[Case]:
         )
     )
     p = Program()
+    small = p.s * 0.25
+    functions = small.apply("sin", small) + small.apply("cos", small) + small.apply("erf", small)
+    cases.append(
+        Case(
+            "sin_cos_erf",
+            p.spec(functions, IMPOSSIBLE),
+            lambda s, c, z, i: (s * 0.25).sin() + (s * 0.25).cos() + (s * 0.25).erf(),
+        )
+    )
+    p = Program()
     slope = p.capture("slopes", Kind.FLOAT, p.h)
     cases.append(
         Case(
