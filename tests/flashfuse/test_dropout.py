@@ -102,6 +102,32 @@ def test_inductor_gives_forward_and_backward_one_mask(function: Callable[..., Te
     assert not torch.equal(first, compiled(q, k, v)[0])
 
 
+def test_kernels_and_chunks_have_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with a sink: the Triton kernels, in the interpreter, against the chunked path."""
+    if torch.cuda.is_available():
+        pytest.skip("triton was imported for the device")
+    launch = pytest.importorskip("flashfuse.codegen.launch")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    forward, ran = launch.forward, []
+    monkeypatch.setattr(launch, "forward", lambda *arguments: ran.append(1) or forward(*arguments))
+
+    def function(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+        x = (q @ k.mT * 0.25).masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), float("-inf"))
+        joined = torch.cat([x, sink.view(1, -1, 1, 1).expand(B, -1, S, 1)], -1)
+        return F.dropout(joined.softmax(-1)[..., :-1], 0.3, True) @ v
+
+    inputs, found = [*qkv(), torch.randn(H, requires_grad=True)], []
+    compiled = torch.compile(function, backend="flashfuse", options=INNER)
+    weight = torch.randn(B, H, S, D)
+    for interpret in ("1", "0"):
+        monkeypatch.setenv("FLASHFUSE_INTERPRET", interpret)
+        torch.manual_seed(4)
+        found.append(gradients(compiled(*inputs), inputs, weight))
+    assert ran == [1]
+    for kernel, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, chunked, rtol=1e-4, atol=1e-4)
+
+
 class Modules(nn.Module):
     """Attention whose value is the identity, so that the output shows the weighted probabilities."""
 
