@@ -14,9 +14,11 @@ import itertools
 import secrets
 
 import torch
-from attention_code import VARIANTS
-from attention_variants import Shape, chosen, guarded_rows, print_table
+from attention_variants import chosen, print_table
 from measure import ResultFile
+
+from flashfuse.bench_peers import Shape, guarded_rows
+from flashfuse.bench_variants import VARIANTS
 
 PEERS = ("eager", "sdpa", "inductor", "flashfuse")
 TIMED = 2048

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from attention_code import repeat_kv
-from measure import ResultFile, median_ms
+from measure import ResultFile
 from torch import Tensor
+
+from flashfuse.bench_peers import median_ms
+from flashfuse.bench_variants import repeat_kv
 
 SHAPES = ((1, 32, 8, 128), (4, 32, 8, 128), (16, 32, 8, 128), (4, 16, 16, 128), (4, 32, 8, 64), (1, 71, 1, 64))  # B H G D
 

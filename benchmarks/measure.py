@@ -1,4 +1,4 @@
-"""Times, peak memory and result files for the benchmarks."""
+"""Result files for the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +15,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures me
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def median_ms(
-    run: Callable[[], object], device: str, inputs: list[torch.Tensor], cpu_repeats: int = 3
-) -> float:
-    """Median time of one call in milliseconds. The gradients of `inputs` are dropped before each call."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, warmup=25, rep=100, grad_to_none=inputs, return_mode="median")
-    times = []
-    for _ in range(cpu_repeats):
-        drop_gradients(inputs)
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
-def drop_gradients(inputs: list[torch.Tensor]) -> None:
-    for each in inputs:
-        each.grad = None
-
-
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most bytes that tensors made during `run` held at one time, as PyTorch's allocator reports it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 class ResultFile:

@@ -1,4 +1,4 @@
-"""`python -m flashfuse explain | doctor | why | cache`.
+"""`python -m flashfuse explain | doctor | bench | why | cache`.
 
 Every command takes `--json`; text for people is coloured by rich (`pip install "flashfuse[cli]"`).
 Exit codes: 0 all is well; 1 something was left alone, or does not work here; 2 the command cannot be carried out.
@@ -56,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     why = command("why", _why, "what a refusal's code means; all of them without a code")
     why.add_argument("code", nargs="?", help="for instance FF203")
     why.add_argument("--markdown", action="store_true", help="print the whole catalogue as docs/refusals.md has it")
+    bench = command("bench", _bench, "attention as people write it, by backend: times, memory, correctness in the same run")
+    bench.add_argument("--variants", default="causal,sliding", help="comma-separated, or all")
+    bench.add_argument("--peers", default="eager,sdpa,inductor,flashfuse", help="of eager, sdpa, inductor, flex, flashfuse")
+    bench.add_argument("--length", type=int, default=1024)
+    bench.add_argument("--head-dim", type=int, default=64)
+    bench.add_argument("--rounds", type=int, default=3)
+    bench.add_argument("--model", metavar="MODULE:FACTORY", help="a model of one's own instead: eager, inductor and flashfuse")
+    bench.add_argument("--plot", metavar="FILE", help="also draw the times (needs matplotlib)")
     cache = command("cache", _cache, "the kernels on disk")
     cache.add_argument("action", choices=("list", "size", "clear"), nargs="?", default="list")
     return parser
@@ -194,6 +202,52 @@ def _markdown() -> str:
 
 def _page(row: Code) -> str:
     return f"[bold]{row.code}  {row.title}[/]\n\n{row.meaning}\n\n[green]What to do[/]  {row.hint}"
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    from flashfuse.bench import model_rows, plot, variant_rows
+
+    out = None if chosen.json else console()
+    peers = chosen.peers.split(",")
+    if chosen.model:
+        jobs = model_rows(*load_model(chosen.model), [peer for peer in peers if peer not in ("sdpa", "flex")], chosen.rounds)
+    else:
+        jobs = variant_rows(chosen.variants, peers, chosen.length, chosen.head_dim, chosen.rounds)
+    rows = _with_progress(jobs) if out is not None else [row for _name, found in jobs for row in found()]
+    if chosen.plot:
+        plot(rows, chosen.plot)
+    if out is None:
+        print(json.dumps(rows, indent=2))
+    else:
+        out.print(_bench_table(rows))
+    return LEFT_ALONE if any("failed" in row or not row["right"] for row in rows) else OK
+
+
+def _with_progress(jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]]) -> list[dict[str, Any]]:
+    """Run the jobs with a bar on the terminal."""
+    from rich.progress import Progress
+
+    rows: list[dict[str, Any]] = []
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for name, job in jobs:
+            progress.update(bar, description=name)
+            rows += job()
+            progress.advance(bar)
+    return rows
+
+
+def _bench_table(rows: list[dict[str, Any]]) -> Any:
+    table = _table("", "code", "by", "forward ms", "forward+backward ms", "peak MiB", "error / eager's", "")
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["variant"], row["peer"], "", "", "", "", f"[red]failed: {row['failed'][:80]}[/]")
+            continue
+        verdict = "[green]right[/]" if row["right"] else "[red]wrong[/]"
+        both = f"{row['both_ms']:.2f}" if "both_ms" in row else ""
+        table.add_row(row["variant"], row["peer"], f"{row['forward_ms']:.2f}", both,
+                      f"{row['peak_bytes'] / 2**20:.1f}", f"{row['error']:.2f}", verdict)  # fmt: skip
+    return table
 
 
 def _cache(chosen: argparse.Namespace) -> int:

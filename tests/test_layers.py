@@ -27,7 +27,8 @@ LAYERS = (
     ("flashfuse.backend",),
     ("flashfuse.drawing",),
     ("flashfuse.report", "flashfuse.page"),
-    ("flashfuse.doctor", "flashfuse.command_line", "flashfuse.__main__"),
+    ("flashfuse.bench_variants", "flashfuse.bench_peers", "flashfuse.bench", "flashfuse.doctor",
+     "flashfuse.command_line", "flashfuse.__main__"),
     ("flashfuse",),
 )
 SIBLINGS = ({"flashfuse.patterns", "flashfuse.codegen"},)

@@ -125,3 +125,15 @@ def test_without_rich_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     assert main(["why"]) == CANNOT
     assert 'pip install "flashfuse[cli]"' in capsys.readouterr().err
     assert main(["why", "--json"]) == OK
+
+
+def test_bench(capsys: pytest.CaptureFixture, models: str):
+    quick = ["bench", "--variants", "causal", "--peers", "eager,flashfuse", "--length", "64", "--head-dim", "16", "--rounds", "1"]
+    assert main([*quick, "--json"]) == OK
+    rows = {row["peer"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["flashfuse"]["counters"]["fused"] >= 1
+    assert all(row["right"] and row["forward_ms"] > 0 and row["both_ms"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+    assert main(["bench", "--variants", "casual"]) == CANNOT
+    assert "did you mean 'causal'" in capsys.readouterr().err
+    assert main(["bench", "--model", f"{models}:good", "--peers", "eager", "--rounds", "1"]) == OK
+    assert "right" in capsys.readouterr().out
