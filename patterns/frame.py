@@ -171,7 +171,7 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     scores = softmax.scores if sink is None else sink.scores
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
     rows = tuple(dim for place, dim in enumerate(index) if place != softmax.dim)
-    chosen = _choose(find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1])
+    chosen = _choose(find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1], flow)
     first, query_first = chosen.operands, chosen.query_first
     sides = [(first.left, first.left_index), (first.right, first.right_index)]
     query, key = sides if query_first else sides[::-1]
@@ -201,7 +201,7 @@ class _Scores:
 
 def _choose(
     products: list[tuple[fx.Node, frozenset[fx.Node]]], scores: fx.Node, index: Index, shifts: dict[fx.Node, fx.Node],
-    keys: tuple[Axis, ...], rows: Index, value: Index,
+    keys: tuple[Axis, ...], rows: Index, value: Index, flow: GradientFlow,
 ) -> _Scores:  # fmt: skip
     """The product of query and key among those that are summed into the scores; the others become captured tensors.
 
@@ -213,6 +213,8 @@ def _choose(
         try:
             operands = contraction.operands(product, _index_at(scores, index, product, carriers, shifts), "d")
             query_first = _is_query_first(product, operands, keys)
+            if flow.stops_at(product):
+                raise Refused("FF408", product, f"the gradient stops at {describe(product)}")
             _check_key(product, operands.right_index if query_first else operands.left_index, rows, value)
             found.append(_Scores(product, carriers, operands, query_first))
         except (Refused, axes.LayoutError) as error:

@@ -71,9 +71,17 @@ def detached_maximum(q, k, v):
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
+def bias_of_scores_without_grad(q, k, v):
+    with torch.no_grad():
+        bias = (q @ k.mT).relu()
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
-    "function", [detached_query, query_scaled_without_grad, query_viewed_without_grad, detached_bias, detached_maximum]
-)
+    "function",
+    [detached_query, query_scaled_without_grad, query_viewed_without_grad, detached_bias, detached_maximum,
+     bias_of_scores_without_grad],
+)  # fmt: skip
 def test_what_is_detached_gets_no_gradient(function: Callable):
     more = (torch.randn(H, S, S),) if function is detached_bias else ()
     check(function, *qkv(), *more, counts={"fused": 1})
