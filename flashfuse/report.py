@@ -6,6 +6,7 @@ There is no second matcher: the report shows the records that the backend makes 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from flashfuse.options import parse
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import Refusal
 from flashfuse.report_text import mask_of, saved_bytes, site_facts, site_map, site_paragraphs, versions
+from flashfuse.stages import Fused
+
+log = logging.getLogger("flashfuse")
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     def read_only(module: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
         result = fuse(module, chosen)
         graphs.append(result.record)
-        drawings.append(draw(result))
+        drawings.append(_drawn(result))
         return module.forward
 
     error = ""
@@ -128,6 +132,15 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
         except Exception as raised:
             error = _in_words(raised)
     return Report(tuple(graphs), error, tuple(breaks.items()), tuple(drawings))
+
+
+def _drawn(result: Fused) -> tuple[Drawing, Drawing]:
+    """The graph's drawings; empty ones if drawing fails, which must not cost the report."""
+    try:
+        return draw(result)
+    except Exception:
+        log.info("a graph could not be drawn", exc_info=True)
+        return (), ()
 
 
 def _in_words(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +153,31 @@ def test_graph_breaks_are_told():
     assert "2 graphs" in str(report)
     assert "broken off once: Call to `torch._dynamo.graph_break()`" in str(report)
     assert list(json.loads(report.to_json())["graph_breaks"].values()) == [1]
+
+
+def test_without_triton():
+    """In a fresh process in which triton cannot be imported."""
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, flashfuse\n"
+        "q = torch.randn(1, 2, 8, 16)\n"
+        "report = flashfuse.explain(lambda q: (q @ q.mT * 0.25).softmax(-1) @ q, q)\n"
+        "assert len(report.fused) == 1, report\n"
+        "print(report, len(report.to_html()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 fused" in done.stdout
+
+
+def test_a_graph_that_cannot_be_drawn_costs_only_its_drawing(monkeypatch: pytest.MonkeyPatch):
+    def broken(_result):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("flashfuse.report.draw", broken)
+    report = flashfuse.explain(attention, *qkv())
+    assert len(report.fused) == 1
+    assert not report.error
+    assert "s * 0.25" in report.to_html()
 
 
 @pytest.mark.parametrize(("length", "batch"), [(0, 2), (8, 0), (1, 1)])
