@@ -17,6 +17,7 @@ import torch
 from measure import ResultFile
 
 from flashfuse.codegen import launch
+from flashfuse.codegen.capture_gradients import capture_gradients
 from flashfuse.codegen.plan import Tile
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
 from flashfuse.ir.score_builder import Builder
@@ -53,9 +54,10 @@ def attempts(mask: str, head_dim: int, length: int):
     out, stats = launch.forward(spec, q, k, v, captures, [])
     call = launch.Call(spec, q, k, v, captures, [])
     call.out, call.grad_out, call.stats, call.delta = out, do, stats, torch.zeros_like(stats[0])
+    no_captures = capture_gradients(call, [])
     launchers = {
         "forward": lambda tile: launch._forward(call, tile, out, stats, low=False),
-        "grad_query": lambda tile: launch._grad_query(call, tile, torch.empty_like(q), None, low=False),
+        "grad_query": lambda tile: launch._grad_query(call, tile, torch.empty_like(q), no_captures, low=False),
         "grad_key_value": lambda tile: launch._grad_key_value(call, tile, torch.empty_like(k), torch.empty_like(v), None),
     }
     for kernel, launcher in launchers.items():

@@ -39,6 +39,11 @@ class CaptureBuffers:
         self.column_partial = self._partial(self.classes.column, call.N)
         self._tiles = {c: self._tile_gradient(c) for c in self.classes.tile if c in wanted}
 
+    @property
+    def summed(self) -> bool:
+        """Whether some gradient is a sum over keys or queries."""
+        return self.row_partial is not None or self.column_partial is not None
+
     def _partial(self, captures: tuple[int, ...], length: int) -> Tensor | None:
         if not set(captures) & set(self.wanted):
             return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from flashfuse.codegen import decode
-from flashfuse.codegen.capture_gradients import capture_gradients
+from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
 from flashfuse.codegen.range_tables import RangeTables
@@ -143,7 +143,7 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
     grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
-    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=False))  # first
+    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=False))  # first
     call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
     if call.low_rows:
         call.launch(
@@ -151,7 +151,7 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
             lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
             repeatable=False,
         )
-        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients.row_partial, low=True))
+        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=True))
     for capture, grad in gradients.tiles():
         call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
     return [grad_query, grad_key, grad_value, *gradients.finished()]
@@ -193,9 +193,11 @@ class Call:
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
         self.low_rows = self.masked and spec.planes == 2
+        precision = _precision(query)
         self.constants = {
             "D": self.D, "E": self.E, "D_PAD": self.padded[0], "E_PAD": self.padded[1],
-            "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": _precision(query),
+            "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": precision,
+            "SHIFTED": precision != "tf32" or (spec.planes == 2 and not self.masked),
         }  # fmt: skip
         self.tables = RangeTables(self)
 
@@ -300,11 +302,16 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _precision(query: Tensor) -> str:
-    """How products are computed: for float32 as torch's global settings ask, for 16 bits there is one way."""
-    if query.dtype is not torch.float32:
+    """How products are computed: for float32 as torch's global settings ask, for 16 bits there is one way.
+
+    Six products of bfloat16 thirds are as good as float32; three of tf32 halves are not, and Triton 3.6 compiles them
+    wrongly for head dims above 128.
+    """
+    if query.dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
-    exact = torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
-    return "tf32x3" if exact else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if interpreting() else "bf16x6"
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -327,7 +334,8 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
     )  # fmt: skip
 
 
-def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *, low: bool) -> Any:
+def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers, *, low: bool) -> Any:
+    partial = gradients.row_partial
     table = call.tables.none if low else call.tables.of_queries(tile)
     blocks = _blocks(call.M, tile.block_m)
     if not low:
@@ -338,6 +346,7 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, partial: Tensor | None, *,
         call.delta if partial is None else partial, call.inputs,
         *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
+        EXACT_DELTA=not low and gradients.summed,
         **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 
@@ -356,7 +365,7 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
 
 
 def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
-    constants = {name: value for name, value in call.constants.items() if name not in ("HAS_MASK", "PLANES")}
+    constants = {name: value for name, value in call.constants.items() if name not in ("HAS_MASK", "PLANES", "SHIFTED")}
     return call.start(
         "flashfuse_add_low_queries", _blocks(call.N, tile.block_n) * call.B * call.G,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags,

@@ -39,9 +39,12 @@ from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, sto
 
 @triton.jit
 def probability(x, lse, shift, SHIFTED: tl.constexpr):
-    """exp(score - shift - lse); `lse` and `shift` broadcast to the tile, `x` is a score in units of SCALE."""
+    """exp(score - shift - lse); `lse` and `shift` broadcast to the tile, `x` is a score in units of SCALE.
+
+    SHIFTED: take differences first, as scores near the smallest float and float32's precision need it.
+    """
     if SHIFTED:
-        p = tl.exp2((x * SCALE - shift) * LOG2E - lse * LOG2E)
+        p = tl.exp2(((x * SCALE - shift) - lse) * LOG2E)
     else:
         p = tl.exp2(x * FACTOR - lse * LOG2E)
     return p
@@ -69,6 +72,34 @@ def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
     """lse, shift and delta of rows."""
     lse, shift = load_stats(stats, place, plane, inside, PLANES)
     return lse, shift, tl.load(delta + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def delta_from_scores(
+    q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over keys of probability times its gradient, and of probability: delta, which does not see that `out` was rounded.
+
+    That rounding is the same for a whole row, so it adds up in sums over keys with growing factors, as of ALiBi's slopes.
+    """
+    row_delta = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(lo, hi, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[None, :]
+        inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
+        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
+        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        if (MASKED or not EVEN) and ((first < full_lo) | (first >= full_hi)):
+            x = masked(x, b, h, m, n, inside_m, inside_n, inside_n, M, N, inputs, MASKED)
+        p = probability(x, lse[:, None], shift[:, None], SHIFTED)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        row_delta += tl.sum(p * weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs), 1)
+        total += tl.sum(p, 1)
+    return row_delta, total
 
 
 @triton.jit
@@ -126,13 +157,14 @@ def flashfuse_grad_query(
     grad_b, grad_h, grad_m, dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
+    EXACT_DELTA: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
-    Also delta `[B, H, M]`, the sum over e of out * grad_out, and, where low rows can be, flags `[B, H, blocks of queries]`:
-    whether a block has some. LOW: a second launch, for the low rows, by the whole program.
+    Also delta `[B, H, M]`, the sum over e of out * grad_out (EXACT_DELTA: not of the rounded out), and, where low rows can
+    be, flags `[B, H, blocks of queries]`: whether a block has some. LOW: a second launch, for the low rows, by the whole
+    program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -174,12 +206,24 @@ def flashfuse_grad_query(
     else:
         o = load_tile(out + b_wide * out_b + h_wide * out_h + first_wide * out_m, out_m, M - first, E, BLOCK_M, E_PAD, True)
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(delta + place, row_delta, mask=inside)
         if PLANES == 2 and HAS_MASK:  # the second launch's rows get probability zero
             tl.store(flags + tl.cast(head, tl.int64) * blocks + first // BLOCK_M, tl.max(low.to(tl.int32), 0))
             lse = tl.where(low, float("inf"), lse)
+            shift = tl.zeros_like(lse)
+        if EXACT_DELTA:
+            exact, total = delta_from_scores(
+                q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+                D, E, D_PAD, E_PAD, BLOCK_M, BLOCK_N, HAS_MASK, EVEN, SHIFTED, PRECISION,
+            )  # fmt: skip
+            if HAS_SINK:
+                total += low_probability(sink_score(b, h, row, inside, M, N, inputs), lse, shift)
+            if HAS_MASK:
+                row_delta = tl.where(low | (total == 0.0), row_delta, exact / total)
+            else:
+                row_delta = exact / total
+        tl.store(delta + place, row_delta, mask=inside)
+        if PLANES == 2 and HAS_MASK:
             row_delta = tl.where(low, 0.0, row_delta)
-    SHIFTED: tl.constexpr = PLANES == 2 and not HAS_MASK
     acc, sums = descend_keys(
         tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,
         lse, shift, row_delta, low, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
@@ -198,8 +242,8 @@ def descend_queries(
     dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, plane, lo, hi, full_lo, full_hi,
     b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
 
@@ -217,6 +261,7 @@ def descend_queries(
         if PLANES == 2 and MASKED:
             low = shift != 0.0
             lse = tl.where(low, float("inf"), lse)
+            shift = tl.zeros_like(lse)
             row_delta = tl.where(low, 0.0, row_delta)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
@@ -226,7 +271,7 @@ def descend_queries(
                     x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
             else:
                 x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
-        p = probability(x, lse[None, :], shift[None, :], PLANES == 2 and not MASKED)
+        p = probability(x, lse[None, :], shift[None, :], SHIFTED)
         pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
         dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -283,7 +328,8 @@ def flashfuse_grad_key_value(
     dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,)."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -323,7 +369,7 @@ def flashfuse_grad_key_value(
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
             lo, hi, full_lo, full_hi, b, h, n, inside_n, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SUMS, PRECISION, BRANCH,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH,
         )  # fmt: skip
         if SUMS:
             store_column_sums(sums, partial + head * N + column, sum_plane, inside)

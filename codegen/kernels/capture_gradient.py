@@ -26,7 +26,7 @@ def flashfuse_grad_capture(
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
     dc_b, dc_h, dc_m, dc_n, H, GROUP, M, N, plane, kept_h, summed_b, summed_h,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr,
     CAPTURE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad, by strides dc_*, of capture CAPTURE; the grid is (tiles * kept batches * kept heads,)."""
@@ -82,7 +82,7 @@ def flashfuse_grad_capture(
                 if PLANES == 2:
                     ordinary = ordinary & (low == 0)[:, None]
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-            p = probability(x, lse[:, None], shift[:, None], PLANES == 2 and not HAS_MASK)
+            p = probability(x, lse[:, None], shift[:, None], SHIFTED)
             dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
             part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
             acc += tl.where(ordinary, part, 0.0)

@@ -18,7 +18,7 @@ def flashfuse_decode(
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, H, GROUP, M, N, splits, pack, rows,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """parts `[B * H * M, splits, E]`, not divided yet, and their largest scores and sums `[2, B * H * M, splits]`, float32.
 
@@ -53,7 +53,7 @@ def flashfuse_decode(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
         b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, EVEN, PLANES == 2 and not HAS_MASK, False, PRECISION, BRANCH,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, EVEN, SHIFTED, False, PRECISION, BRANCH,
     )  # fmt: skip
 
     place = (tl.cast(b * H + head, tl.int64) * M + lane) * splits + split

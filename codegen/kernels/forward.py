@@ -43,7 +43,7 @@ def attend(
 
     One loop: only blocks outside [full_lo, full_hi) take the branch that masks; without BRANCH all blocks are masked.
     MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the
-    maximum before any scaling, as scores near the smallest float need it.
+    maximum before any scaling, as scores near the smallest float and float32's precision need it.
     """
     for first in tl.range(lo, hi, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)[None, :]
@@ -113,7 +113,7 @@ def flashfuse_forward(
     table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
@@ -153,7 +153,6 @@ def flashfuse_forward(
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
-    SHIFTED: tl.constexpr = LOW or (PLANES == 2 and not HAS_MASK)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if HAS_SINK:
@@ -163,7 +162,7 @@ def flashfuse_forward(
     acc, total, top = attend(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
         b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, PRECISION, BRANCH,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED or LOW, LOW, PRECISION, BRANCH,
     )  # fmt: skip
 
     finish(

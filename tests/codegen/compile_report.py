@@ -108,7 +108,8 @@ def compile_kernel(
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": table_rows,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "SUMS": False, "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "tf32x3",
+        "SUMS": False, "SHIFTED": spec.planes == 2 and spec.split.keep is None, "EXACT_DELTA": False,
+        "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:
