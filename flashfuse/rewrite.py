@@ -138,14 +138,25 @@ class Rewriter:
     def _take_over(self, node: fx.Node, copy: fx.Node) -> None:
         leaves = {o.path: found for found, origins in self.form.origins.items() for o in origins
                   if o.node is node and found in self.added}  # fmt: skip
-        for user in list(copy.users):
-            if user.target is operator.getitem and (user.args[1],) in leaves:
-                user.replace_all_uses_with(self.added[leaves[(user.args[1],)]])  # type: ignore[index]
+        self._drop_unused_items(copy)
+        items = {user: (user.args[1],) for user in copy.users if user.target is operator.getitem}
+        if () not in leaves and any(items.get(user) not in leaves for user in copy.users):
+            raise Refused("FF304", node, f"the result of {node.target} is used in a way that was not understood")
+        for user, path in items.items():
+            if path in leaves:
+                user.replace_all_uses_with(self.added[leaves[path]])  # type: ignore[index]
                 self.graph.erase_node(user)
         if () in leaves:
             copy.replace_all_uses_with(self.added[leaves[()]])
-        if copy.users:
-            raise Refused("FF304", node, f"the result of {node.target} is used in a way that was not understood")
+
+    def _drop_unused_items(self, copy: fx.Node) -> None:
+        """Erase what is made of a result and never read (the weights of an attention, say)."""
+        for user in list(copy.users):
+            self._drop_unused_items(user)
+            original = self.originals.get(user)
+            touched = original is None or original in self.effects.storages
+            if original is not None and not touched and self._may_go(original, set()):
+                self.graph.erase_node(user)
 
     # ------------------------------------------------------------------------------------------ erasing
 
