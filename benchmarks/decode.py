@@ -59,11 +59,12 @@ def main() -> None:
     options = parser.parse_args()
     speed = copy_gigabytes_a_second()
     results = ResultFile(options.out, "cuda", length=options.length, dtype="torch.bfloat16", copy_gigabytes_a_second=speed)
-    peers = {
-        "eager": eager, "sdpa": sdpa, "inductor": torch.compile(eager, dynamic=False),
-        "flex": flex(options.length), "flashfuse": torch.compile(eager, backend="flashfuse", dynamic=False),
-    }  # fmt: skip
     for batch, heads, groups, head_dim in SHAPES:
+        torch._dynamo.reset()  # or the later shapes meet the limit of recompilations
+        peers = {
+            "eager": eager, "sdpa": sdpa, "inductor": torch.compile(eager, dynamic=False),
+            "flex": flex(options.length), "flashfuse": torch.compile(eager, backend="flashfuse", dynamic=False),
+        }  # fmt: skip
         query = torch.randn(batch, heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.randn(batch, groups, options.length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         position = torch.tensor([options.length - 1], device="cuda")

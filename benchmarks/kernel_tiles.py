@@ -24,14 +24,14 @@ from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 
 TILES = {
-    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
-    "grad_query": ((128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2)),
-    "grad_key_value": ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+    "forward": ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 3)),
+    "grad_query": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+    "grad_key_value": ((32, 64, 4, 4), (32, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (32, 32, 4, 2)),
 }
 
 
 def spec_of(mask: str) -> AttentionSpec:
-    """Causal, sliding (256) or causal within documents, scale 1/8."""
+    """Full, causal, sliding (256) or causal within documents, scale 1/8."""
     b = Builder()
     s, m, n = b.leaf("score"), b.leaf("index", "m"), b.leaf("index", "n")
     keep, captures = n <= m, ()

@@ -42,7 +42,8 @@ def compare(case: Case, inputs: Inputs, rtol: float, atol: float) -> None:
 def compare_with_eager(case: Case, dtype: torch.dtype, device: str) -> None:
     """FlashAttention's rule: the error against float64 is at most twice that of eager code with products in `dtype`.
 
-    The absolute part is a rounding of the largest number, a quarter of one in 16 bits, for results that eager hits by luck.
+    The absolute part, for results that eager hits by luck, is FlashAttention's in float32, at most two roundings of the
+    largest number, and a quarter of a rounding in 16 bits, where sums are in float32.
     """
     inputs = make_inputs(case, dtype, device=device)
     reference = case.reference
@@ -51,7 +52,7 @@ def compare_with_eager(case: Case, dtype: torch.dtype, device: str) -> None:
     for place, (a, e, r) in enumerate(zip([actual[0], *actual[1]], [eager[0], *eager[1]], [exact[0], *exact[1]], strict=True)):
         assert torch.equal(a.isnan(), r.isnan()), f"tensor {place}: NaN in other places than in eager"
         a, e, r = (tensor.double().nan_to_num(0.0) for tensor in (a, e, r))
-        rounding = torch.finfo(dtype).eps * (1 if dtype is torch.float32 else 0.25)
+        rounding = torch.finfo(dtype).eps * (2 if dtype is torch.float32 else 0.25)
         allowed = 2 * (e - r).abs().max() + rounding * r.abs().max() + 1e-6
         error = (a - r).abs().max()
         assert error <= allowed, f"tensor {place}: error {error:.3g}, eager's {(e - r).abs().max():.3g}"
