@@ -149,7 +149,7 @@ def test_functorch_is_left_as_it_was():
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     with pytest.raises(NotByCalls, match="functorch"):
         read_calls(module, lambda node: True)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises((ZeroDivisionError, RuntimeError)):  # torch 2.11 cannot trace the vmap itself
         trace_whole(module, lambda node: True)
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == depth
 
