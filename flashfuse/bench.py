@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable
@@ -80,12 +81,16 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def check_plot() -> None:
+    """Raises OptionError without matplotlib: before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("--plot needs matplotlib: pip install matplotlib")
+
+
 def plot(rows: list[dict[str, Any]], file: str) -> None:
-    """Bars of the times, one group a variant. Raises OptionError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError("--plot needs matplotlib: pip install matplotlib") from error
+    """Bars of the times, one group a variant."""
+    from matplotlib.figure import Figure
+
     measured = [row for row in rows if "forward_ms" in row]
     variants, peers = (list(dict.fromkeys(row[key] for row in measured)) for key in ("variant", "peer"))
     figure = Figure(figsize=(2 + 2 * len(variants), 4), layout="constrained")

@@ -205,8 +205,10 @@ def _page(row: Code) -> str:
 
 
 def _bench(chosen: argparse.Namespace) -> int:
-    from flashfuse.bench import model_rows, plot, variant_rows
+    from flashfuse.bench import check_plot, model_rows, plot, variant_rows
 
+    if chosen.plot:
+        check_plot()
     out = None if chosen.json else console()
     peers = chosen.peers.split(",")
     if chosen.model:
@@ -238,7 +240,7 @@ def _with_progress(jobs: list[tuple[str, Callable[[], list[dict[str, Any]]]]]) -
 
 
 def _bench_table(rows: list[dict[str, Any]]) -> Any:
-    table = _table("", "code", "by", "forward ms", "forward+backward ms", "peak MiB", "error / eager's", "")
+    table = _table("", "code", "by", "forward ms", "and backward", "peak MiB", "error / eager's", "")
     for row in rows:
         if "failed" in row:
             table.add_row(row["variant"], row["peer"], "", "", "", "", f"[red]failed: {row['failed'][:80]}[/]")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashfuse import bench
 from flashfuse.command_line import CANNOT, LEFT_ALONE, OK, main
 from flashfuse.refusal import CATALOGUE
 
@@ -137,3 +138,12 @@ def test_bench(capsys: pytest.CaptureFixture, models: str):
     assert "did you mean 'causal'" in capsys.readouterr().err
     assert main(["bench", "--model", f"{models}:good", "--peers", "eager", "--rounds", "1"]) == OK
     assert "right" in capsys.readouterr().out
+
+
+def test_a_picture_without_matplotlib_is_an_error_before_anything_is_measured(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "variant_rows", lambda *_given: pytest.fail("measured first"))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--plot", "times.png"]) == CANNOT
+    assert "pip install matplotlib" in capsys.readouterr().err
