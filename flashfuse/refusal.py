@@ -54,8 +54,8 @@ _ROWS = (
          "products that mix the heads of scores.", "Only query @ key^T and terms added to it can be fused."),
     Code("FF404", "scale is a full tensor", "The scores are multiplied by a tensor over queries and keys.",
          "Scale by a number, or by a tensor per head."),
-    Code("FF405", "gradient of a capture", "A tensor read at computed positions needs a gradient.",
-         "Detach it, or index it plainly by batch, head, query and key."),
+    Code("FF405", "gradient of a capture", "A tensor that needs a gradient is read at computed positions, or in two ways.",
+         "Detach it, or index it once and plainly by batch, head, query and key."),
     Code("FF407", "dropout used elsewhere", "The probabilities after dropout are also used outside the attention, which would "
          "see another mask than the output was computed with.", "Use the probabilities before dropout, or do not return them."),
     Code("FF408", "gradient stopped", "Between query @ key^T and the output a value is detached or computed under no_grad, so "

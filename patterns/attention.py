@@ -213,7 +213,7 @@ def check_gradients(spec: AttentionSpec, lifter: Lifter, flow: GradientFlow) -> 
     for place, each in enumerate(lifter.captures):
         needed = spec.captures[place].kind is Kind.FLOAT and flow.needed(each.node)
         if needed and plain_load_letters(spec, place) is None:
-            raise Refused("FF405", each.node, "needs a gradient and is read at computed positions")
+            raise Refused("FF405", each.node, "needs a gradient and is read at computed positions, or in two ways")
 
 
 def assemble(
