@@ -10,6 +10,7 @@ from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
 from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.ranges import Bounded, Certainty
+from flashfuse.ir.score_builder import closure
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement
 from flashfuse.ir.score_words import mask_words, score_words
@@ -319,17 +320,11 @@ def bounded_vectors(certainty: Certainty | None, letter: str) -> tuple[Statement
 
 def _with_results(program: ScoreProgram, results: tuple[int, ...]) -> ScoreProgram:
     """The program of some statements, without those that they do not need."""
-    needed: set[int] = set()
-    stack = list(results)
-    while stack:
-        number = stack.pop()
-        if number not in needed:
-            needed.add(number)
-            stack.extend(program.statements[number].operands)
-    renumber = {old: new for new, old in enumerate(sorted(needed))}
+    needed = closure(program.statements, results)
+    renumber = {old: new for new, old in enumerate(needed)}
     statements = tuple(
         Statement(s.op, tuple(renumber[o] for o in s.operands), s.kind, s.attribute, s.source)
-        for s in (program.statements[old] for old in sorted(needed))
+        for s in (program.statements[old] for old in needed)
     )
     return ScoreProgram(statements, tuple(renumber[result] for result in results))
 

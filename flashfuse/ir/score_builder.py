@@ -251,11 +251,11 @@ class Builder:
 
     def closure(self, *results: Value) -> list[Statement]:
         """The statements that these results need, themselves included."""
-        return [self.statements[number] for number in _closure(self.statements, [value.number for value in results])]
+        return [self.statements[number] for number in closure(self.statements, [value.number for value in results])]
 
     def program(self, *results: Value) -> ScoreProgram:
         """The program of these results, with only the statements that they need."""
-        needed = _closure(self.statements, [value.number for value in results])
+        needed = closure(self.statements, [value.number for value in results])
         renumber = {old: new for new, old in enumerate(needed)}
         statements = tuple(
             Statement(s.op, tuple(renumber[o] for o in s.operands), s.kind, s.attribute, s.source)
@@ -281,7 +281,8 @@ class Builder:
         return values
 
 
-def _closure(statements: Sequence[Statement], results: Iterable[int]) -> list[int]:
+def closure(statements: Sequence[Statement], results: Iterable[int]) -> list[int]:
+    """The statements that results need, in order."""
     needed: set[int] = set()
     stack = list(results)
     while stack:
