@@ -20,52 +20,12 @@ import argparse
 import math
 import secrets
 import time
-from typing import Any
 
 import torch
-from measure import ResultFile
+from measure import ResultFile, chosen, print_table
 
 from flashfuse.bench_peers import PEERS, Shape, guarded_rows
 from flashfuse.bench_variants import VARIANTS
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a cell, then flashfuse against FlexAttention's and Inductor's time and SDPA's memory."""
-    heading = (
-        f"{'variant':11}{'D':>4} {'peer':10}{'fwd ms':>9}{'f+b ms':>9}{'MiB':>8}{'error':>7}{'mask ms':>9}"
-    )
-    print("\n" + heading)
-    for row in rows:
-        name = f"{row['variant']:11}{row['head_dim']:>4} {row['peer']:10}"
-        if "both_ms" not in row:
-            print(name + "failed: " + row.get("failed", "?").replace("\n", " ")[:70])
-            continue
-        wrong = "" if row["right"] else " WRONG"
-        mask = f"{row['mask_ms']:9.3f}" if "mask_ms" in row else ""
-        print(
-            f"{name}{row['forward_ms']:9.3f}{row['both_ms']:9.3f}{row['peak_bytes'] / 2**20:8.0f}"
-            f"{row['error']:7.2f}{mask}{wrong}"
-        )
-    found = {(row["variant"], row["head_dim"], row["peer"]): row for row in rows if "both_ms" in row}
-    print("\nflashfuse: speed against flex and inductor (forward, forward+backward), memory against sdpa")
-    for (name, head_dim, peer), row in found.items():
-        if peer != "flashfuse":
-            continue
-        parts = [f"{name:11}{head_dim:>4}"]
-        for rival in ("flex", "inductor"):
-            if other := found.get((name, head_dim, rival)):
-                ratios = [other[key] / row[key] for key in ("forward_ms", "both_ms")]
-                parts.append(f"{rival} {ratios[0]:6.2f}x {ratios[1]:6.2f}x")
-        if (other := found.get((name, head_dim, "sdpa"))) and other["peak_bytes"]:
-            parts.append(f"memory {row['peak_bytes'] / other['peak_bytes']:5.2f}x")
-        print("   ".join(parts))
-
-
-def chosen(text: str, allowed: tuple[str, ...]) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in allowed]:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(allowed)}")
-    return [name for name in allowed if name in names]
 
 
 def main() -> None:
@@ -76,9 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=secrets.randbits(31))
     parser.add_argument("--out", default="attention_variants", help="added to benchmarks/results/OUT.json")
-    parser.add_argument(
-        "--stop-after", type=float, default=math.inf, help="seconds; no variant is begun later"
-    )
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds; no variant is begun later")
     parser.add_argument("--small", action="store_true", help="tiny shapes, no result file")
     options = parser.parse_args()
 
@@ -89,9 +47,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     batch, length, hidden = (2, 320, 8) if options.small else (4, 4096, 2048)
     peers = chosen(options.peers, PEERS)
-    results = ResultFile(
-        options.out, device, seed=options.seed, batch=batch, length=length, hidden=hidden, dtype=str(dtype)
-    )
+    results = ResultFile(options.out, device, seed=options.seed, batch=batch, length=length, hidden=hidden, dtype=str(dtype))
     start = time.perf_counter()
     for head_dim in [int(each) for each in options.head_dims.split(",")]:
         heads = 8 if options.small else hidden // head_dim

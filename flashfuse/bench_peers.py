@@ -28,6 +28,7 @@ from torch._dynamo.utils import counters
 from flashfuse.bench_variants import Variant
 
 PEERS = ("eager", "sdpa", "inductor", "flex", "flashfuse")  # from safe to risky
+SLOW_MS = 500.0  # a call on a GPU that takes longer is timed once
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,37 @@ class Shape:
     device: str
 
 
+Cut = Callable[[Tensor], Tensor]
+Errors = tuple[list[Tensor], list[float]]  # exact results, and how far eager code in the same precision is from them
+
+
 @dataclass
 class Case:
-    """A variant's inputs: query, key and value want gradients; facts is empty or one tensor."""
+    """Code and its inputs: `inputs` want gradients, `facts` do not.
 
-    variant: Variant
+    `cuts` says of the output, of each input and of each fact which part is compared with float64: a part that can be
+    computed from the parts of the inputs alone. `seed` is set before results are compared, for code that draws numbers.
+    """
+
+    code: Callable[..., Tensor]
     inputs: list[Tensor]
     facts: list[Tensor]
     grad_out: Tensor
+    cuts: list[Cut]
+    seed: int | None = None
 
-    def sliced(self, dtype: torch.dtype | None = None) -> Case:
-        """The last batch row and the last key/value head with its query heads, as leaves of their own."""
-        group = self.variant.group
-        counts = (group, 1, 1)
-        cut = [t.detach()[-1:, -n:].contiguous() for t, n in zip(self.inputs, counts, strict=True)]
-        cut = [t.to(dtype or t.dtype) for t in cut]
-        grad_out = self.grad_out[-1:, -group:].to(dtype or self.grad_out.dtype)
-        return Case(self.variant, [t.requires_grad_() for t in cut], [f[-1:] for f in self.facts], grad_out)
+    def sliced(self, dtype: torch.dtype | None = None, cuts: list[Cut] | None = None) -> Case:
+        """The part that is compared, its floating tensors in `dtype` (None: as they are), inputs as leaves of their own."""
+
+        def part(tensor: Tensor, cut: Cut) -> Tensor:
+            tensor = cut(tensor.detach()).clone(memory_format=torch.contiguous_format)
+            return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+        grad_out, *rest = [
+            part(*pair) for pair in zip((self.grad_out, *self.inputs, *self.facts), cuts or self.cuts, strict=True)
+        ]
+        inputs = [t.requires_grad_() for t in rest[: len(self.inputs)]]
+        return Case(self.code, inputs, rest[len(self.inputs) :], grad_out, [], self.seed)
 
 
 @dataclass
@@ -67,24 +82,32 @@ class Cell:
     run: Callable[..., Tensor] | None = None
     row: dict[str, Any] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=lambda: {"forward_ms": [], "both_ms": []})
+    slow: bool = False
 
 
 def make_case(variant: Variant, shape: Shape) -> Case:
     counts = (shape.heads, shape.heads // variant.group, shape.heads // variant.group)
     inputs = [torch.randn(shape.batch, n, shape.length, shape.head_dim, dtype=shape.dtype, device=shape.device) for n in counts]
     facts = [variant.facts(shape.batch, shape.length, shape.device)] if variant.facts else []
-    return Case(variant, [t.requires_grad_() for t in inputs], facts, torch.randn_like(inputs[0]))
+    # the last batch row, and the last key/value head with its query heads
+    cuts: list[Cut] = [lambda t, n=n: t[-1:, -n:] for n in (variant.group, variant.group, 1, 1)]  # type: ignore[misc]
+    cuts += [lambda t: t[-1:] for _ in facts]
+    return Case(variant.code, [t.requires_grad_() for t in inputs], facts, torch.randn_like(inputs[0]), cuts)
 
 
-def make_run(peer: str, case: Case, shape: Shape, row: dict[str, Any]) -> Callable[..., Tensor]:
+def make_run(peer: str, case: Case, variant: Variant, shape: Shape, row: dict[str, Any]) -> Callable[..., Tensor]:
     """The function (query, key, value) -> output of this peer; may note facts in the row."""
-    variant, facts = case.variant, case.facts
     if peer == "sdpa":
-        return sdpa_run(variant, facts, shape)
+        return sdpa_run(variant, case.facts, shape)
     if peer == "flex":
-        return flex_run(variant, facts, shape, row)
-    code = variant.code if peer == "eager" else torch.compile(variant.code, backend=peer, dynamic=False)
-    return lambda query, key, value: code(query, key, value, *facts)
+        return flex_run(variant, case.facts, shape, row)
+    return same_code(peer, case)
+
+
+def same_code(peer: str, case: Case) -> Callable[..., Tensor]:
+    """The case's own code as a function of its inputs: eager, or compiled by the backend that `peer` names."""
+    code = case.code if peer == "eager" else torch.compile(case.code, backend=peer, dynamic=False)
+    return lambda *inputs: code(*inputs, *case.facts)
 
 
 def sdpa_run(variant: Variant, facts: list[Tensor], shape: Shape) -> Callable[..., Tensor]:
@@ -114,15 +137,23 @@ def flex_run(variant: Variant, facts: list[Tensor], shape: Shape, row: dict[str,
 
 
 def results_of(run: Callable[..., Tensor], case: Case) -> list[Tensor]:
-    """[output, and the gradients of query, key and value]."""
+    """[output, and the gradients of the inputs]."""
     drop_gradients(case.inputs)
+    if case.seed is not None:
+        torch.manual_seed(case.seed)
     out = run(*case.inputs)
     out.backward(case.grad_out)
     return [out.detach(), *(each.grad for each in case.inputs)]
 
 
 def eager_results(case: Case) -> list[Tensor]:
-    return results_of(lambda *inputs: case.variant.code(*inputs, *case.facts), case)
+    return results_of(same_code("eager", case), case)
+
+
+def eager_reference(case: Case) -> Errors:
+    """What the compared part is in float64, and eager's errors on it."""
+    exact = eager_results(case.sliced(torch.float64))
+    return exact, largest_errors(eager_results(case.sliced()), exact)
 
 
 def largest_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -131,12 +162,12 @@ def largest_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [each if math.isfinite(each) else math.inf for each in differences]
 
 
-def check(cell: Cell, case: Case, exact: list[Tensor], eager_errors: list[float]) -> None:
+def check(cell: Cell, case: Case, reference: Errors) -> None:
     """Runs the peer on the whole inputs and notes how its slice compares with float64 and with eager."""
     assert cell.run is not None
+    exact, eager_errors = reference
     found = results_of(cell.run, case)
-    group = case.variant.group
-    cut = [t[-1:, -n:] for t, n in zip(found, (group, group, 1, 1), strict=True)]
+    cut = [part(t) for t, part in zip(found, case.cuts[: len(found)], strict=True)]
     errors = largest_errors(cut, exact)
     ratios = [mine / max(theirs, 1e-30) for mine, theirs in zip(errors, eager_errors, strict=True)]
     floor = 1e-5 if found[0].dtype == torch.float32 else 0.0  # the rule is for half precision
@@ -155,16 +186,19 @@ def both(cell: Cell, case: Case) -> None:
     cell.run(*case.inputs).backward(case.grad_out)
 
 
-def prepare(cell: Cell, case: Case, shape: Shape, exact: list[Tensor], eager_errors: list[float]) -> None:
+def prepare(
+    cell: Cell, case: Case, make: Callable[[str, dict[str, Any]], Callable[..., Tensor]], reference: Callable[..., Errors]
+) -> None:
     """Compiles, checks and measures memory; a failure is noted in the row and the cell has no run."""
     start = time.perf_counter()
     before = dict(counters["flashfuse"])
+    device = case.grad_out.device.type
     try:
-        cell.run = make_run(cell.peer, case, shape, cell.row)
-        check(cell, case, exact, eager_errors)
+        cell.run = make(cell.peer, cell.row)
+        check(cell, case, reference(cell.run))
         drop_gradients(case.inputs)
         forward(cell, case)
-        cell.row["peak_bytes"] = peak_bytes(lambda: both(cell, case), shape.device)
+        cell.row["peak_bytes"] = peak_bytes(lambda: both(cell, case), device)
     except Exception as error:
         cell.row["failed"] = f"{type(error).__name__}: {error}"[:300]
         cell.run = None
@@ -173,34 +207,40 @@ def prepare(cell: Cell, case: Case, shape: Shape, exact: list[Tensor], eager_err
     cell.row["prepare_s"] = round(time.perf_counter() - start, 1)
     drop_gradients(case.inputs)
     gc.collect()
-    if shape.device == "cuda":
+    if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def time_in_rounds(cells: list[Cell], case: Case, rounds: int) -> None:
+    """Interleaved rounds of forward and forward+backward; a cell with calls longer than SLOW_MS on a GPU gets one round."""
+    device = case.grad_out.device.type
+    for _ in range(rounds):
+        for cell in [each for each in cells if each.run is not None and not each.slow]:
+            try:
+                forward_ms = median_ms(partial(forward, cell, case), device, case.inputs)
+                both_ms = median_ms(partial(both, cell, case), device, case.inputs)
+            except Exception as error:
+                cell.row["failed"] = f"{type(error).__name__}: {error}"[:300]
+                cell.run = None
+                continue
+            cell.slow = device == "cuda" and both_ms > SLOW_MS
+            cell.times["forward_ms"].append(forward_ms)
+            cell.times["both_ms"].append(both_ms)
+    for cell in cells:
+        cell.row.update({name: statistics.median(times) for name, times in cell.times.items() if times})
+        cell.row["rounds"] = cell.times
 
 
 def run_variant(variant: Variant, shape: Shape, peers: list[str], rounds: int) -> list[Cell]:
     """All peers on one variant, on the same inputs, timed in interleaved rounds."""
     torch._dynamo.reset()
     case = make_case(variant, shape)
-    exact = eager_results(case.sliced(torch.float64))
-    eager_errors = largest_errors(eager_results(case.sliced()), exact)
+    reference = eager_reference(case)
     start = {"variant": variant.name, "head_dim": shape.head_dim}
     cells = [Cell(peer, row={**start, "peer": peer}) for peer in peers]
     for cell in cells:
-        prepare(cell, case, shape, exact, eager_errors)
-    for _ in range(rounds):
-        for cell in [each for each in cells if each.run is not None]:
-            try:
-                forward_ms = median_ms(partial(forward, cell, case), shape.device, case.inputs)
-                both_ms = median_ms(partial(both, cell, case), shape.device, case.inputs)
-            except Exception as error:
-                cell.row["failed"] = f"{type(error).__name__}: {error}"[:300]
-                cell.run = None
-                continue
-            cell.times["forward_ms"].append(forward_ms)
-            cell.times["both_ms"].append(both_ms)
-    for cell in cells:
-        cell.row.update({name: statistics.median(times) for name, times in cell.times.items() if times})
-        cell.row["rounds"] = cell.times
+        prepare(cell, case, lambda peer, row: make_run(peer, case, variant, shape, row), lambda run: reference)
+    time_in_rounds(cells, case, rounds)
     return cells
 
 
@@ -221,6 +261,13 @@ def median_ms(run: Callable[[], object], device: str, inputs: list[torch.Tensor]
     if device == "cuda":
         from triton.testing import do_bench
 
+        drop_gradients(inputs)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if (first_ms := 1000 * (time.perf_counter() - start)) > SLOW_MS:
+            return first_ms  # do_bench would call it seven times at least
         return do_bench(run, warmup=25, rep=100, grad_to_none=inputs, return_mode="median")
     times = []
     for _ in range(cpu_repeats):
