@@ -14,8 +14,7 @@ import itertools
 import secrets
 
 import torch
-from attention_variants import chosen, print_table
-from measure import ResultFile
+from measure import ResultFile, chosen, print_table
 
 from flashfuse.bench_peers import Shape, guarded_rows
 from flashfuse.bench_variants import VARIANTS

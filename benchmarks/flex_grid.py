@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from grid_cells import GRID, PEERS, GridCell, measure, prepare
-from measure import ResultFile
+from measure import ResultFile, chosen
 
 from flashfuse.bench_peers import Shape
 
@@ -177,13 +177,6 @@ def print_growth(rows: list[dict[str, Any]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
-def chosen(text: str, allowed: tuple[str, ...]) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in allowed]:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(allowed)}")
-    return [name for name in allowed if name in names]
 
 
 def read_options() -> argparse.Namespace:

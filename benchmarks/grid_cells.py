@@ -198,7 +198,7 @@ def check_peer(cell: GridCell, peer: str, case: Case, exact: list[Tensor], usual
     run = cell.peers[peer].run
     drop_gradients(case.inputs)
     cell.rows[peer]["peak_bytes"] = peak_bytes(lambda: found.extend(results_of(run, case)), cell.shape.device)
-    group = case.variant.group
+    group = GRID[cell.name].group
     errors = largest_errors([t[-1:, -n:] for t, n in zip(found, (group, group, 1, 1), strict=True)], exact)
     floor = 1e-5 if cell.shape.dtype is torch.float32 else 0.0  # the rule is for half precision
     cell.rows[peer].update(
@@ -235,11 +235,12 @@ def in_chunks(cell: GridCell, case: Case, dtype: torch.dtype) -> list[Tensor]:
     Queries go in chunks, so that a score matrix of 32k or 128k tokens never exists; the chunks' gradients of key and value
     are added in at least float32 and rounded to `dtype` at the end.
     """
-    group, shape = case.variant.group, cell.shape
+    variant, shape = GRID[cell.name], cell.shape
+    group = variant.group
     cuts = [t.detach()[-1:, -n:].to(dtype) for t, n in zip((*case.inputs, case.grad_out), (group, 1, 1, group), strict=True)]
     query, key, value, grad_out = cuts
     key.requires_grad_(), value.requires_grad_()
-    keep = case.variant.keep(*case.facts) if case.variant.keep else None
+    keep = variant.keep(*case.facts) if variant.keep else None
     score = SCORES[cell.name](shape.heads) if cell.name in SCORES else None
     b = torch.full((1, 1, 1, 1), shape.batch - 1, device=shape.device)
     h = torch.arange(shape.heads - group, shape.heads, device=shape.device)[:, None, None]
