@@ -109,16 +109,23 @@ class Lifter:
     builder: Builder = field(default_factory=Builder)
     captures: list[Captured] = field(default_factory=list)
     sizes: list[torch.SymInt] = field(default_factory=list)
-    probabilities: fx.Node | None = None  # set by the caller once the scores are lifted
+    probabilities: fx.Node | None = None  # set by the caller once the scores are lifted; their own element is then held
     dropped: Any = None  # gives the value of an element after dropout; set by the caller
     _known: dict[tuple[fx.Node, Any], Value] = field(default_factory=dict)
     _data: dict[fx.Node, bool] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ elements
 
+    def hold(self, node: fx.Node, index: Index, value: Value) -> None:
+        """Say what the element `node[index]` is, instead of lifting it."""
+        self._known[self._key(node, index)] = value
+
+    def _key(self, node: fx.Node, index: Index) -> tuple[fx.Node, Any]:
+        return node, tuple(dim.number if isinstance(dim, Value) else refined(dim) for dim in index)
+
     def lift(self, node: fx.Node, index: Index) -> Value:
         """The element `node[index]`. Raises Refused at the node that has no meaning."""
-        key = (node, tuple(dim.number if isinstance(dim, Value) else refined(dim) for dim in index))
+        key = self._key(node, index)
         if key not in self._known:
             before, self.builder.source = self.builder.source, user_line(node)
             self._known[key] = self._lift_new(node, index)
@@ -127,7 +134,7 @@ class Lifter:
 
     def _lift_new(self, node: fx.Node, index: Index) -> Value:
         if node is self.probabilities:
-            return self.builder.leaf("probability")
+            raise Refused("FF401", node, "the probabilities are read at other positions than their own")
         if node is self.product:
             return self.score(index)  # type: ignore[no-any-return]
         if node in self.shifts:

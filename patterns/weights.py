@@ -30,6 +30,7 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
     plain = lifter.builder.leaf("probability")
     value = plain
     lifter.probabilities = frame.probabilities
+    lifter.hold(frame.probabilities, frame.score_index, plain)
     lifter.carriers |= set(frame.path)
     for before, node, index in zip((frame.probabilities, *frame.path), frame.path, frame.path_index, strict=False):
         if node in frame.passing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from flashfuse.ir.score_program import ScoreProgram
+from flashfuse.ir.score_program import ScoreProgram, Statement
 
 
 def is_proportional(program: ScoreProgram) -> bool:
@@ -23,7 +23,7 @@ def _degrees(program: ScoreProgram) -> tuple[int | None, ...]:
     found: list[int | None] = []
     for statement in program.statements:
         degrees = [found[operand] for operand in statement.operands]
-        zero = [program.statements[operand].attribute == 0 for operand in statement.operands]
+        zero = [_is_zero(program.statements[operand]) for operand in statement.operands]
         if statement.op == "probability":
             found.append(1)
         elif not any(degree != 0 for degree in degrees):
@@ -38,6 +38,10 @@ def _degrees(program: ScoreProgram) -> tuple[int | None, ...]:
         else:
             found.append(1 if statement.op == "div" and degrees == [1, 0] else None)
     return tuple(found)
+
+
+def _is_zero(statement: Statement) -> bool:
+    return statement.op == "const" and statement.attribute == 0  # the attribute of a load is its capture's number
 
 
 def zero_choices(program: ScoreProgram) -> tuple[tuple[int, bool], ...]:
@@ -64,7 +68,7 @@ def vanishes(program: ScoreProgram, known: Mapping[int, bool]) -> bool:
     for statement in program.statements:
         zero = [found[operand] for operand in statement.operands]
         if statement.op == "const":
-            found.append(statement.attribute == 0)
+            found.append(_is_zero(statement))
         elif statement.op == "where":
             chosen = known.get(statement.operands[0])
             found.append(all(zero[1:]) if chosen is None else zero[1] if chosen else zero[2])

@@ -190,3 +190,14 @@ def other_masks_before_and_after(q, k, v, keep):
 @near_miss("FF204", "head_mask", inputs=lambda: (*qkv(heads=1), torch.rand(1, H, 1, 1)))
 def probabilities_shared_by_masked_heads(q, k, v, mask):
     return (_probabilities(q, k) * mask) @ v
+
+
+@near_miss("FF401", "two_factors_chosen_by_position")
+def probabilities_of_other_rows_chosen_by_position(q, k, v):
+    p = _probabilities(q, k)
+    return torch.where(_causal(), p, p.mT) @ v
+
+
+@near_miss("FF401", "padded_queries_chosen_away", inputs=lambda: (*qkv(), torch.rand(S, S)))
+def other_numbers_chosen_by_position(q, k, v, other):
+    return torch.where(_causal(), _probabilities(q, k), other) @ v
