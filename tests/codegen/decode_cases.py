@@ -33,7 +33,7 @@ def _masks() -> list[Case]:
     def padded(p: Program) -> object:
         return p.capture("padding", Kind.BOOL, p.b, p.n)
 
-    one, group, few = (2, 8, 2, 1, N, 16, 16), (1, 8, 2, 4, N, 16, 16), (2, 2, 2, 3, N, 16, 16)
+    one, group, few = (2, 4, 1, 1, N, 16, 16), (1, 8, 2, 4, N, 16, 16), (2, 2, 2, 3, N, 16, 16)
     return [
         _mask_case("decode_causal", last, lambda c, z, i: i[3] <= i[2] + (N - 4), IMPOSSIBLE, shape=group),
         _mask_case(
@@ -71,7 +71,7 @@ def _scores() -> list[Case]:
     cases.append(Case(
         "decode_biases", spec,
         lambda s, c, z, i: _never(i[3] <= i[2] + 290, (s * 0.25).tanh() + c[0][:, None, None] * (i[3] - i[2]) + c[1]),
-        lambda g: [-torch.rand(4, generator=g) / 100, torch.randn(1, 4, 2, N, generator=g)], shape=(2, 4, 2, 2, N, 16, 16),
+        lambda g: [-torch.rand(2, generator=g) / 100, torch.randn(1, 2, 2, N, generator=g)], shape=(2, 2, 1, 2, N, 16, 16),
         needs=(True, True),
     ))  # fmt: skip
     for name, mask in (("decode_sinks", False), ("decode_sinks_padded", True)):
@@ -82,7 +82,7 @@ def _scores() -> list[Case]:
         spec = p.spec(score, EXACT if mask else IMPOSSIBLE, sink=p.capture("sink", Kind.FLOAT, p.h))
         cases.append(Case(
             name, spec, lambda s, c, z, i, mask=mask: _never(_padded(c), s * 0.25, LOWEST) if mask else s * 0.25,
-            lambda g, mask=mask: [*(_padding(g) if mask else []), torch.randn(8, generator=g)], shape=(2, 8, 2, 1, N, 16, 16),
+            lambda g, mask=mask: [*(_padding(g) if mask else []), torch.randn(4, generator=g)], shape=(2, 4, 1, 1, N, 16, 16),
             needs=(False, True) if mask else (True,), sink=lambda c: c[-1][:, None, None],
         ))  # fmt: skip
     return cases

@@ -1,10 +1,13 @@
 """The zoo: every family in a mode, each in a process of its own, appended to a file of JSON lines, and the table of it.
 
-    python tests/models/sweep.py run --out zoo.jsonl --modes infer-fp32-static train-bf16-dynamic [--only llama,bert]
-    python tests/models/sweep.py table zoo.jsonl [--json benchmarks/results/zoo.json]
+    python tests/models/sweep.py run --out zoo.jsonl --jobs 16 --budget 500 --families 200
+    python tests/models/sweep.py run --out zoo.jsonl --modes infer-fp32-static --only llama,bert
+    python tests/models/sweep.py table zoo.jsonl [--json benchmarks/results/zoo.json] [--refusals refusals.md]
 
 What the file already has is not run again. A process is forked for each run, so that nothing of one model (Dynamo's caches,
-crashes, memory) touches another; that is also why this is a script and not a thousand tests.
+crashes, memory) touches another; that is also why this is a script and not a thousand tests. A run that takes too long is
+killed with all that it started. Cheap families that differ come first, each in all modes, so a budget of seconds cuts all
+modes alike.
 """
 
 from __future__ import annotations
@@ -12,22 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the models run on the CPU, and a process that has used a GPU cannot fork
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from measure import MODES, Mode, cast, measure, run
+from tables import Result, line_of, table
 
-Result = dict[str, Any]
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "zoo.json"
+POLL = 0.02  # seconds between two looks at the running processes
 
 
 def run_one(name: str, mode: str, inner: str) -> Result:
@@ -65,102 +74,139 @@ def _fails_without_flashfuse(name: str, mode: str) -> bool:
     return False
 
 
-def in_a_process(name: str, mode: str, inner: str, timeout: int) -> Result:
-    """`run_one` in a forked process, ended after `timeout` seconds."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _child(writer, name, mode, inner, timeout)
-    os.close(writer)
-    start = time.time()
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    _pid, status = os.waitpid(child, 0)
-    result = json.loads(text) if text else {"state": "died", "error": f"signal {status & 127} after {time.time() - start:.0f} s"}
-    return {"family": name, "mode": mode, "seconds": round(time.time() - start, 1), **result}
+# ------------------------------------------------------------------------------------------------ processes
 
 
-def _child(writer: int, name: str, mode: str, inner: str, timeout: int) -> None:
-    signal.alarm(timeout)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    warnings.simplefilter("ignore")
-    with os.fdopen(writer, "w") as pipe:
-        json.dump(run_one(name, mode, inner), pipe)
-    os._exit(0)
+@dataclass(frozen=True)
+class Process:
+    """A forked run: its result appears in the file `out` when it has ended by itself."""
+
+    pid: int
+    name: str
+    mode: str
+    out: Path
+    start: float
+
+    @classmethod
+    def begin(cls, name: str, mode: str, inner: str, folder: Path) -> Process:
+        out = folder / f"{name}-{mode}".replace("/", "-")
+        start = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _child(out, name, mode, inner)
+        return cls(pid, name, mode, out, start)
+
+    def ended(self, timeout: float) -> Result | None:
+        """The row of the table, or None while the run goes on. Beyond `timeout` seconds the run is killed."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        seconds = time.monotonic() - self.start
+        found: Result = {}
+        if pid == 0:
+            if seconds < timeout:
+                return None
+            self.kill()
+            found = {"state": "slow", "error": f"not finished after {seconds:.0f} s"}
+        elif self.out.exists():
+            found = json.loads(self.out.read_text())
+        return {"family": self.name, "mode": self.mode, "seconds": round(seconds, 1),
+                **(found or {"state": "died", "error": f"signal {status & 127}"})}  # fmt: skip
+
+    def kill(self) -> None:
+        """End the run and what it started: it leads a process group."""
+        for kill in (os.killpg, os.kill):  # a process killed at once may not have its group yet
+            try:
+                kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        os.waitpid(self.pid, 0)
+
+
+def _child(out: Path, name: str, mode: str, inner: str) -> None:
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        warnings.simplefilter("ignore")
+        row = run_one(name, mode, inner)
+        row["versions"] = _versions()
+        unfinished = out.with_suffix(".part")
+        unfinished.write_text(json.dumps(row))
+        unfinished.rename(out)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+
+
+def results(places: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[Result]:
+    """The rows of all places, `jobs` at a time, as they end. After `budget` seconds nothing more is started."""
+    start, waiting = time.monotonic(), places[::-1]
+    running: list[Process] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            while waiting or running:
+                if time.monotonic() - start > options.budget:
+                    waiting.clear()
+                while waiting and len(running) < options.jobs:
+                    running.append(Process.begin(*waiting.pop(), options.inner, Path(folder)))
+                for process in list(running):
+                    row = process.ended(options.timeout)
+                    if row is not None:
+                        running.remove(process)
+                        yield row
+                time.sleep(POLL)
+        finally:
+            for process in running:
+                process.kill()
+
+
+# ------------------------------------------------------------------------------------------------ the order
+
+
+def ordered(names: list[str]) -> list[str]:
+    """Families by their recorded seconds, a relative of families that come before (qwen2, qwen3, qwen3_vl) later."""
+    rows = json.loads(RECORDED.read_text())["rows"] if RECORDED.exists() else []
+    known = {row["family"]: row["seconds"] for row in rows if row["mode"] == "infer-fp32-static"}
+    typical = sorted(known.values())[len(known) // 2] if known else 1.0
+    relatives: Counter[str] = Counter()
+    costs = {}
+    for name in sorted(names, key=lambda name: known.get(name, typical)):
+        kin = name if " " in name else str(re.match(r"[a-zA-Z]*", name)[0])  # type: ignore[index]
+        relatives[kin] += 1
+        costs[name] = known.get(name, typical) * relatives[kin]
+    return sorted(costs, key=lambda name: costs[name])
 
 
 def run_all(options: argparse.Namespace) -> None:
-    from catalogue import NAMES, preload
+    """Run what the file has not, append it, and say at the end what was run."""
+    from catalogue import available, preload
 
+    start = time.monotonic()
     preload()
     out = Path(options.out)
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["family"], row["mode"]) for row in known}
-    wanted = options.only.split(",") if options.only else NAMES
-    places = [(name, mode) for mode in options.modes for name in wanted if (name, mode) not in done]
+    names = options.only.split(",") if options.only else ordered(available())[: options.families]
+    places = [(name, mode) for name in names for mode in options.modes if (name, mode) not in done]
     places = places[options.shard :: options.shards]
-    for name, mode in places:
-        row = in_a_process(name, mode, options.inner, options.timeout)
-        with out.open("a") as file:
+    states: Counter[str] = Counter()
+    families: Counter[str] = Counter()
+    with out.open("a") as file:
+        for row in results(places, options):
             file.write(json.dumps(row) + "\n")
-        if not options.quiet:
-            print(line_of(row), flush=True)
-
-
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def line_of(row: Result) -> str:
-    """One line of the table."""
-    head = f"{row['family']:34}{row['mode']:22}"
-    if row["state"] != "ok":
-        return f"{head}{row['state']}  {row['error'][:140]} {row.get('at', '')}"
-    codes = Counter(each["code"] for each in row["refused"])
-    words = " ".join(f"{code}x{count}" for code, count in sorted(codes.items())) or "-"
-    ratio = f"{row['ratio']:.2f}" + (f" ({row['bounded']:.2f})" if "bounded" in row else "")
-    failure = f"  {row['failures'][0][:90]}" if row["failures"] else ""
-    return (f"{head}{row['sites']:4}{row['fused']:4}  {words:22}{ratio:14}{row['check'][:24]:26}"
-            f"{row['own_seconds']:6.2f}s{row['seconds']:7.1f}s{failure}")  # fmt: skip
-
-
-def is_wrong(row: Result) -> bool:
-    """Whether a result fails the rule, also given the model's conditioning."""
-    return row["state"] == "ok" and not min(row["ratio"], row.get("bounded", row["ratio"])) <= 2
-
-
-def summary(rows: list[Result]) -> Result:
-    """Counts over the rows of one mode."""
-    ok = [row for row in rows if row["state"] == "ok"]
-    sites, fused = sum(row["sites"] for row in ok), sum(row["fused"] for row in ok)
-    return {
-        "families": len(ok), "with_attention": sum(row["sites"] > 0 for row in ok), "sites": sites, "fused": fused,
-        "share": round(fused / sites, 4) if sites else None,
-        "wholly_fused": sum(row["sites"] == row["fused"] > 0 for row in ok),
-        "wrong": [row["family"] for row in ok if is_wrong(row)],
-        "ill_conditioned": [row["family"] for row in ok if row["ratio"] > 2 and not is_wrong(row)],
-        "crashed": [row["family"] for row in rows if row["state"] in ("crashed", "died")],
-        "not_run": [row["family"] for row in rows if row["state"] == "broken"],
-        "refused": dict(Counter(each["code"] for row in ok for each in row["refused"]).most_common()),
-        "largest_ratio": max((row["ratio"] for row in ok if row["check"] == "float64"), default=0.0),
-        "own_seconds": round(sum(row["own_seconds"] for row in ok), 1),
-    }  # fmt: skip
-
-
-def table(options: argparse.Namespace) -> None:
-    rows = [json.loads(line) for line in Path(options.file).read_text().splitlines()]
-    latest = {(row["mode"], row["family"]): row for row in rows}
-    rows = [latest[place] for place in sorted(latest)]
-    for row in rows:
-        print(line_of(row) + ("   WRONG" if is_wrong(row) else ""))
-    modes = {mode: summary([row for row in rows if row["mode"] == mode]) for mode in MODES}
-    modes = {mode: each for mode, each in modes.items() if each["families"]}
-    for mode, each in modes.items():
-        print(mode, json.dumps(each))
-    if options.json:
-        import transformers
-
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        Path(options.json).write_text(json.dumps({"versions": versions, "modes": modes, "rows": rows}, indent=1) + "\n")
+            file.flush()
+            states[row["state"]] += 1
+            families[row["family"]] += row["state"] == "ok"
+            if not options.quiet:
+                print(line_of(row), flush=True)
+    whole = sum(count == len(options.modes) for count in families.values())
+    print(f"{sum(states.values())} of {len(places)} runs in {time.monotonic() - start:.0f} s: {dict(states)}; "
+          f"{len(families)} families, {whole} of them in all {len(options.modes)} modes")  # fmt: skip
 
 
 def main() -> None:
@@ -170,7 +216,10 @@ def main() -> None:
     runs.add_argument("--out", required=True)
     runs.add_argument("--modes", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=" ".join(MODES))
     runs.add_argument("--only", default="", help="families, with commas between")
+    runs.add_argument("--families", type=int, default=None, help="only the first so many")
     runs.add_argument("--inner", default="eager", choices=("eager", "aot_eager", "inductor"))
+    runs.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    runs.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is started")
     runs.add_argument("--timeout", type=int, default=180, help="seconds a family and mode")
     runs.add_argument("--shard", type=int, default=0)
     runs.add_argument("--shards", type=int, default=1)
@@ -179,6 +228,7 @@ def main() -> None:
     tables = commands.add_parser("table")
     tables.add_argument("file")
     tables.add_argument("--json", default="")
+    tables.add_argument("--refusals", default="")
     tables.set_defaults(do=table)
     options = parser.parse_args()
     options.do(options)

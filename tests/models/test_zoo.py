@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from catalogue import NAMES, build
 from measure import ULPS, Mode, compare, measure
-from sweep import is_wrong
+from tables import is_wrong
 
 INFER, TRAIN = "infer-fp32-static", "train-fp32-static"
 CASES = (
