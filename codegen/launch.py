@@ -23,9 +23,8 @@ from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
 from flashfuse.codegen.range_tables import RangeTables
 from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.errors import InternalError, UnsupportedError
-from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, EmptyRows
 
-MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _MAX_SPILLS = 48  # 32-bit registers a thread: fewer cost less than a smaller tile
@@ -53,6 +52,8 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
             return f"{name} is {tensor.dtype}"
         if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
             return f"{name} has head dim {tensor.shape[-1]}, kernels take 1 to {MAX_HEAD_DIM}"
+        if query.is_cuda and tensor.shape[-1] > MAX_HEAD_DIM_FLOAT32 and torch.float32 in (query.dtype, value.dtype):
+            return f"{name} has head dim {tensor.shape[-1]}, kernels take 1 to {MAX_HEAD_DIM_FLOAT32} in float32"
     return None
 
 

@@ -57,6 +57,11 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
         (_T(128, 32, 8, 2), _T(64, 32, 8, 1)),
         (_T(32, 32, 4, 2), _T(32, 64, 8, 2), _T(32, 64, 8, 1)),
     ),
+    ("sm_90", 2, 512): (
+        (_T(64, 32, 8, 2), _T(32, 32, 8, 2)),
+        (_T(64, 32, 8, 1), _T(32, 16, 8, 1)),
+        (_T(32, 16, 8, 1), _T(16, 16, 8, 1)),
+    ),
     ("sm_90", 4, 64): (
         (_T(128, 32, 8, 2), _T(64, 32, 4, 2)),
         (_T(64, 32, 4, 2),),
@@ -83,12 +88,19 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
         (_T(64, 32, 8, 2),),
         (_T(32, 64, 8, 2), _T(16, 64, 8, 2)),
     ),
+    ("sm_80", 2, 512): (
+        (_T(64, 32, 8, 2), _T(32, 32, 4, 2), _T(16, 32, 4, 1)),
+        (_T(32, 32, 8, 1), _T(32, 16, 8, 1)),
+        (_T(32, 16, 8, 1), _T(16, 16, 8, 1)),
+    ),
     ("sm_80", 4, 64): ((_T(64, 32, 4, 2),), (_T(32, 32, 4, 1),), (_T(32, 32, 4, 1), _T(16, 64, 4, 1))),
     ("sm_80", 4, 128): ((_T(64, 32, 8, 1),), (_T(64, 16, 4, 1),), (_T(32, 32, 8, 1),)),
     ("sm_80", 4, 256): ((_T(32, 16, 4, 1),), (_T(16, 16, 4, 1),), (_T(16, 16, 4, 1),)),
 }  # fmt: skip
 
 _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
+_GRAD_CAPTURE = (_T(64, 64, 8, 1),)
+_GRAD_CAPTURE_512 = (_T(64, 32, 8, 1), _T(16, 16, 8, 1))
 _DECODE = (_T(16, 64, 4, 3), _T(16, 32, 4, 2), _T(16, 16, 4, 1))
 _INTERPRETER = KernelPlan((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),), (_T(16, 32, 1, 1),))
 
@@ -103,7 +115,8 @@ def kernel_plan(
     """
     if capability is None:
         return _INTERPRETER
-    bucket = next(size for size in (64, 128, 256) if head_dim <= size)
+    bucket = next(size for size in (64, 128, 256, 512) if head_dim <= size)
     identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
     forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[identity])
-    return KernelPlan(forward, grad_query, grad_key_value, (_T(64, 64, 8, 1), *_LAST), _DECODE)
+    grad_capture = _GRAD_CAPTURE_512 if bucket == 512 else _GRAD_CAPTURE
+    return KernelPlan(forward, grad_query, grad_key_value, grad_capture + _LAST, _DECODE)

@@ -39,7 +39,7 @@ _ROWS = (
     Code("FF204", "layout", "An operand reaches the product in a layout that no strided view describes.",
          "Keep batch, head, sequence and head_dim as separate axes, or flatten only batch and heads."),
     Code("FF206", "dtype", "Only float16, bfloat16 and float32 attention has kernels.", "Cast to a supported dtype."),
-    Code("FF207", "head dim", "Kernels exist for head dims from 1 to 256.", "Use a smaller head_dim."),
+    Code("FF207", "head dim", "Kernels exist for head dims from 1 to 512 (float32 on GPUs: 256).", "Use a smaller head_dim."),
     Code("FF208", "device", "There is no kernel for this device.", "Use an NVIDIA GPU or the CPU."),
     # 3xx: values that others need
     Code("FF303", "written in place", "A tensor of the attention is written in place before the attention is finished.",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows, plain_load_letters
+from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, Capture, EmptyRows, plain_load_letters
 from flashfuse.ir.mask import LOW_SCORE
 from flashfuse.ir.ranges import rows_never_empty
 from flashfuse.ir.score_builder import Value
@@ -30,7 +30,6 @@ from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -285,10 +284,12 @@ def check_capabilities(match: Match, frame: Frame, lifter: Lifter) -> None:
     for dtype in dtypes:
         if dtype not in FLOATS:
             raise Refused("FF206", frame.product, f"computed in {str(dtype).removeprefix('torch.')}")
+    device = value_of(frame.output).device.type
     for letter in ("D", "E"):
         size = match.dims[letter]  # a symbolic one is checked by the op at run time
         if isinstance(size, int) and not 1 <= size <= MAX_HEAD_DIM:
             raise Refused("FF207", frame.product, f"head dim {size}")
-    device = value_of(frame.output).device.type
+        if isinstance(size, int) and size > MAX_HEAD_DIM_FLOAT32 and device == "cuda" and torch.float32 in dtypes:
+            raise Refused("FF207", frame.product, f"head dim {size} in float32")
     if device not in ("cuda", "cpu"):
         raise Refused("FF208", frame.product, f"device {device}")

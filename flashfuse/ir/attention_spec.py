@@ -30,6 +30,9 @@ from flashfuse.ir.weight import is_proportional
 
 FORMAT = 2
 
+MAX_HEAD_DIM = 512  # of the kernels
+MAX_HEAD_DIM_FLOAT32 = 256  # of the kernels on a GPU: wider float32 tiles leave the registers
+
 
 class EmptyRows(enum.Enum):
     """What a row without any kept key gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -431,3 +432,7 @@ def _sinks() -> list[Case]:
 
 
 CASES = [*_plain(), *_masks(), *_scores(), *_weights(), *_sinks()]
+WIDE = [  # head dims above 256
+    dataclasses.replace(next(case for case in CASES if case.name == name), name=f"{name}_wide", shape=shape)
+    for name, shape in (("causal", (1, 2, 1, 33, 40, 512, 512)), ("causal_exact", (1, 2, 2, 21, 34, 300, 20)))
+]

@@ -31,6 +31,7 @@ MAX_SPILL = 192  # bytes a thread: what the launcher accepts, `launch._MAX_SPILL
         ("sm_90", "bf16", 64, "dropout", ()),
         ("sm_90", "bf16", 64, "sinks", ("forward",)),
         ("sm_90", "fp32", 64, "causal", ("forward",)),
+        ("sm_90", "bf16", 512, "causal", ("forward",)),
     ],
 )
 def test_compiles_without_spills(

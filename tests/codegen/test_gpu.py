@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashfuse.codegen import launch
+
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES
+from cases import CASES, WIDE
 from specs import Case, dense_attention, make_inputs
 from test_kernels import compare_with_eager, run_kernels
 
@@ -49,6 +51,19 @@ def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", [*CASES, *_enlarged()], ids=lambda case: case.name)
 def test_within_twice_the_error_of_eager(case: Case, dtype: torch.dtype) -> None:
     compare_with_eager(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_wide_heads(case: Case, dtype: torch.dtype) -> None:
+    B, H, G, M, N, D, E = case.shape
+    compare_with_eager(dataclasses.replace(case, shape=(B, H, G, 5 * M, 5 * N, D, E)), dtype, "cuda")
+
+
+def test_wide_heads_in_float32_are_left_to_torch() -> None:
+    query = torch.randn(1, 1, 4, 300, device="cuda")
+    assert "float32" in str(launch.unsupported(query, query, query))
+    assert launch.unsupported(query.half(), query.half(), query.half()) is None
 
 
 def test_precision_follows_torch() -> None:

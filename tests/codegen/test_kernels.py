@@ -11,7 +11,7 @@ import torch
 from flashfuse.codegen import launch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES
+from cases import CASES, WIDE
 from specs import Case, Inputs, dense_attention, make_inputs
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter")
@@ -63,6 +63,11 @@ def test_float16_within_twice_the_error_of_eager(case: Case) -> None:
     compare_with_eager(case, torch.float16, "cpu")
 
 
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_wide_heads(case: Case) -> None:
+    compare_with_eager(case, torch.float16, "cpu")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32(case: Case) -> None:
     compare(case, make_inputs(case, torch.float32), 2e-5, 2e-5)
@@ -102,5 +107,5 @@ def test_unsupported_tensors_say_why() -> None:
     query = torch.randn(1, 1, 4, 16)
     assert launch.unsupported(query, query, query) is None
     assert "torch.float64" in str(launch.unsupported(query.double(), query.double(), query))
-    assert "head dim 300" in str(launch.unsupported(query, query, torch.randn(1, 1, 4, 300)))
+    assert "head dim 520" in str(launch.unsupported(query, query, torch.randn(1, 1, 4, 520)))
     assert "key is" in str(launch.unsupported(query, query.half(), query))

@@ -119,7 +119,8 @@ def test_layouts(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1, 1, 1), (1, 6, 2, 65, 65, 3, 5), (3, 4, 1, 63, 63, 80, 17), (1, 2, 2, 1, 1, 7, 9), (2, 3, 3, 129, 129, 5, 1)],
+    [(1, 1, 1, 1, 1, 1, 1), (1, 6, 2, 65, 65, 3, 5), (3, 4, 1, 63, 63, 80, 17), (1, 2, 2, 1, 1, 7, 9), (2, 3, 3, 129, 129, 5, 1),
+     (1, 1, 1, 9, 7, 512, 300)],
 )
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "bias_of_heads", "scale", "row_and_column"])
 def test_shapes(name: str, shape: tuple[int, ...], chunk_size: None) -> None:

@@ -81,7 +81,7 @@ def double_precision(q, k, v):
     return plain(q, k, v)
 
 
-@gives("FF207", lambda: qkv(1, 1, 4, 300))
+@gives("FF207", lambda: qkv(1, 1, 4, 520))
 def wide_heads(q, k, v):
     return plain(q, k, v)
 
