@@ -5,11 +5,8 @@ Works on CUDA tensors, and on CPU tensors in Triton's interpreter when TRITON_IN
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +15,10 @@ from triton.runtime.errors import OutOfResources
 
 from flashfuse.codegen import decode
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
-from flashfuse.codegen.load import kernel_module
+from flashfuse.codegen.launches import Launches, interpreting
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
-from flashfuse.codegen.range_tables import RangeTables
+from flashfuse.codegen.range_tables import Table, write_table
+from flashfuse.codegen.range_tables import block_ranges as block_ranges  # `attention_op` finds it here
 from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.errors import InternalError, UnsupportedError
 from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, EmptyRows
@@ -30,11 +28,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_SPILLS = 48  # 32-bit registers a thread: fewer cost less than a smaller tile
 
 _chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan suits
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -65,20 +58,26 @@ def forward(
     captures: Sequence[Tensor],
     sizes: Sequence[int],
     layout: str = "bhme",
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out `[B, H, M, E]`, in memory in the order of `layout`, and the float32 row statistics `[planes, B, H, M]`.
 
-    Raises UnsupportedError where the kernels cannot run.
+    `ranges` is the range table that `block_ranges` gave for the mask, if it was made before. Raises UnsupportedError where
+    the kernels cannot run.
     """
 
     def run(recording: Recording | None) -> Sequence[Tensor]:
-        call = Call(spec, query, key, value, captures, sizes, recording)
+        call = Call(spec, query, key, value, captures, sizes, recording, ranges)
         with call.device():
             return _run_forward(call, layout)
 
-    identity = (spec.key, "forward", layout, tuple(sizes), _precision(query))
-    out, stats = repeated(identity, (query, key, value, *captures), query.device, run)
+    identity = (spec.key, "forward", layout, tuple(sizes), _precision(query), ranges is None)
+    out, stats = repeated(identity, (query, key, value, *captures, *_there(ranges)), query.device, run)
     return out, stats
+
+
+def _there(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
 
 
 def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
@@ -112,15 +111,16 @@ def backward(
     captures: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
+    ranges: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value and of each capture that `needs` names, in order.
+    """Gradients of query, key, value and of each capture that `needs` names, in order; `ranges` as in `forward`.
 
     Raises UnsupportedError where the kernels cannot run.
     """
     wanted = [number for number, needed in enumerate(needs) if needed]
 
     def run(recording: Recording | None) -> list[Tensor]:
-        call = Call(spec, query, key, value, captures, sizes, recording)
+        call = Call(spec, query, key, value, captures, sizes, recording, ranges)
         call.grad_out, call.stats = _last_contiguous(grad_out.to(value.dtype)), stats
         if stats.numel() == 0 or call.N == 0:
             call.cannot_repeat()
@@ -128,8 +128,9 @@ def backward(
         with call.device():
             return _run_backward(call, out, wanted)
 
-    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query))
-    return list(repeated(identity, (query, key, value, out, stats, grad_out, *captures), query.device, run))
+    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query), ranges is None)
+    given = (query, key, value, out, stats, grad_out, *captures, *_there(ranges))
+    return list(repeated(identity, given, query.device, run))
 
 
 def _no_gradients(query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor]) -> list[Tensor]:
@@ -158,7 +159,7 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
     return [grad_query, grad_key, grad_value, *gradients.finished()]
 
 
-class Call:
+class Call(Launches):
     """One call's tensors, made fit for the kernels, and what all its launches share."""
 
     out: Tensor
@@ -176,21 +177,18 @@ class Call:
         captures: Sequence[Tensor],
         sizes: Sequence[int],
         recording: Recording | None = None,
+        ranges: Tensor | None = None,
     ) -> None:
         reason = unsupported(query, key, value)
         if reason is not None:
             raise UnsupportedError(reason)
-        self.spec = spec
-        self.recording = recording
+        fast_tanh = query.element_size() == 2 and not interpreting()
+        super().__init__(spec, captures, sizes, query.device, recording, fast_tanh=fast_tanh)
         self.query, self.key, self.value = (_last_contiguous(tensor) for tensor in (query, key, value))
-        self.captures = captures
         self.B, self.H, self.M, self.D = query.shape
         self.G, self.N, self.E = value.shape[1], value.shape[2], value.shape[3]
         if self.G and self.H % self.G:
             raise InternalError(f"{self.H} query heads over {self.G} key heads")
-        half = query.element_size() == 2
-        self.module: ModuleType = kernel_module(spec, fast_tanh=half and not interpreting())
-        self.inputs = self._kernel_inputs(sizes)
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
         self.low_rows = self.masked and spec.planes == 2
@@ -200,46 +198,20 @@ class Call:
             "HAS_MASK": self.masked, "PLANES": spec.planes, "PRECISION": precision,
             "SHIFTED": precision != "tf32" or (spec.planes == 2 and not self.masked),
         }  # fmt: skip
-        self.tables = RangeTables(self)
+        self._table = None if ranges is None else Table.of(ranges)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "") -> Tensor:
-        """A new uninitialised tensor on the call's device; `[B, H, M, E]` in memory in the order of `layout`, if given."""
-        order = ["bhme".index(letter) for letter in layout] or list(range(len(shape)))
-        return self._noted(torch.empty_permuted(shape, order, dtype=dtype, device=self.query.device))
+    @property
+    def no_table(self) -> Table:
+        """What kernels get in the place of a range table."""
+        return Table(self.query, (0, 0), 0)
 
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """A new uninitialised tensor in the layout of another, where that is dense and has a unit last stride."""
-        like = torch.empty_like(tensor)
-        return self._noted(like if like.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format))
-
-    def _noted(self, tensor: Tensor) -> Tensor:
-        if self.recording is not None:
-            self.recording.allocated(tensor)
-        return tensor
-
-    def start(self, kernel: str, blocks: int, *positional: Any, **named: Any) -> Any:
-        """Launch a kernel of the spec's module; returns the compiled kernel."""
-        function = getattr(self.module, kernel)
-        compiled = function[(blocks,)](*positional, **named)
-        if self.recording is not None:
-            self.recording.launched(compiled, blocks, function, positional, named)
-        return compiled
-
-    def cannot_repeat(self) -> None:
-        """Say that this call does more than allocate and launch."""
-        if self.recording is not None:
-            self.recording.sound = False
-
-    def _kernel_inputs(self, sizes: Sequence[int]) -> tuple[Any, ...]:
-        """The `inputs` tuple (see `score_text.InputLayout`): pointer and strides of each capture, then sizes."""
-        inputs: list[Any] = []
-        for capture in self.captures:
-            placed = capture if capture.device == self.query.device else capture.to(self.query.device)
-            shown = placed.view(torch.int8) if placed.dtype is torch.bool else placed
-            if self.recording is not None and shown is not placed:
-                self.recording.shown(shown, placed)
-            inputs += [shown, *placed.stride()]
-        return (*inputs, *sizes)
+    @property
+    def table(self) -> Table:
+        """The range table: the given one, or one made now where interval evaluation can tell something."""
+        if self._table is None:
+            shape = (self.B, self.H, self.M, self.N)
+            self._table = self.no_table if self.spec.certainty is None else Table.of(write_table(self, shape))
+        return self._table
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -250,10 +222,6 @@ class Call:
     def plane(self) -> int:
         """Elements of one plane of the row statistics."""
         return self.B * self.H * self.M
-
-    def device(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes the tensors' device the current one."""
-        return torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
 
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
         """The three leading strides of each."""
@@ -324,7 +292,7 @@ def _blocks(length: int, block: int) -> int:
 
 
 def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
-    table = call.tables.none if low else call.tables.of_queries(tile)
+    table = call.no_table if low else call.table
     return call.start(
         "flashfuse_forward", _blocks(call.M, tile.block_m) * call.B * call.H,
         call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
@@ -337,7 +305,7 @@ def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -
 
 def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers, *, low: bool) -> Any:
     partial = gradients.row_partial
-    table = call.tables.none if low else call.tables.of_queries(tile)
+    table = call.no_table if low else call.table
     blocks = _blocks(call.M, tile.block_m)
     if not low:
         call.flags = call.empty((call.B, call.H, blocks), torch.int32) if call.low_rows else call.delta
@@ -353,7 +321,7 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
 
 
 def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
-    table = call.tables.of_keys(tile)
+    table = call.table
     return call.start(
         "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,

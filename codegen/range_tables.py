@@ -1,90 +1,75 @@
-"""Range tables for masks over captured vectors: made by two small kernels, once for each tile shape of a call."""
+"""Range tables for masks over captured tensors, by two small kernels: see `flashfuse/ir/block_table.py`.
+
+A rewritten graph makes a table once for all layers that share a mask, and for their backward; a call that gets none
+makes its own.
+"""
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flashfuse.codegen.plan import Tile
+from flashfuse.codegen.launches import Launches, interpreting
+from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.codegen.score_functions import bounded_vectors
+from flashfuse.errors import UnsupportedError
 from flashfuse.ir.attention_spec import AttentionSpec
-from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.block_table import BLOCK, blocks, table_shape
 
-if TYPE_CHECKING:
-    from flashfuse.codegen.launch import Call
-
-_CHUNK = 128
+_CHUNK = 128  # blocks of the other side at a time
+_INTERPRETED_CHUNK = 16  # the interpreter goes through a scan element by element
 
 
 @dataclass(frozen=True)
 class Table:
-    """`tensor` is `[TB, TH, blocks, 4]` int32, `rows` how many rows of the own side a block has (0: no table)."""
+    """A range table and its strides over batch and head as kernels take them; `rows` is a block's, 0 for no table."""
 
     tensor: Tensor
     strides: tuple[int, int]
     rows: int
 
-
-def tells_something(spec: AttentionSpec) -> bool:
-    """Whether interval evaluation can prove anything about the spec's predicate."""
-    certainty = spec.certainty
-    if certainty is None:
-        return False
-    results = [certainty.program.statements[result] for result in certainty.program.results]
-    return not all(result.op == "const" for result in results)
+    @classmethod
+    def of(cls, tensor: Tensor) -> Table:
+        """A table as kernels read it."""
+        strides = [tensor.stride(dim) if tensor.shape[dim] > 1 else 0 for dim in (0, 1)]
+        return cls(tensor, (strides[0], strides[1]), BLOCK)
 
 
-class RangeTables:
-    """The tables of one call."""
+def block_ranges(
+    spec: AttentionSpec, captures: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int], device: torch.device
+) -> Tensor:
+    """The table of a spec's mask for B, H, M, N. Raises UnsupportedError where the kernels cannot run."""
+    if device.type != "cuda" and not interpreting():
+        raise UnsupportedError(f"the range table is for {device.type}, kernels run on cuda")
+    B, H, M, N = shape
 
-    def __init__(self, call: Call) -> None:
-        self.call: Call = weakref.proxy(call)  # the call owns its tables; a cycle would keep its tensors alive
-        self.none = Table(call.query, (0, 0), 0)
-        self._bounds: dict[tuple[bool, int], Tensor] = {}
-        keep = call.spec.split.keep
-        self.useful = keep is not None and tells_something(call.spec)
-        letters = index_letters(keep, keep.result) if keep is not None else ""
-        self.TB = call.B if "b" in letters else 1
-        self.TH = call.H if "h" in letters else 1
+    def run(recording: Recording | None) -> list[Tensor]:
+        launches = Launches(spec, captures, sizes, device, recording)
+        with launches.device():
+            return [write_table(launches, (B, H, M, N))]
 
-    def of_queries(self, tile: Tile) -> Table:
-        """Key ranges of blocks of queries."""
-        return self._table(tile, keys=False) if self.useful else self.none
+    return repeated((spec.key, "block_ranges", tuple(shape), tuple(sizes)), captures, device, run)[0]
 
-    def of_keys(self, tile: Tile) -> Table:
-        """Query ranges of blocks of keys."""
-        return self._table(tile, keys=True) if self.useful else self.none
 
-    def _table(self, tile: Tile, *, keys: bool) -> Table:
-        call = self.call
-        blocks_m, blocks_n = -(-call.M // tile.block_m), -(-call.N // tile.block_n)
-        own = blocks_n if keys else blocks_m
-        queries, query_bounds = self._block_bounds(tile.block_m, blocks_m, keys=False)
-        key_side, key_bounds = self._block_bounds(tile.block_n, blocks_n, keys=True)
-        table = call.empty((self.TB, self.TH, own, 4), torch.int32)
-        call.start(
-            "flashfuse_block_table", self.TB * self.TH * own,
-            queries, key_side, table, call.inputs, query_bounds, key_bounds, self.TH, call.M, call.N,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, KEYS=keys, CHUNK=_CHUNK, num_warps=4,
-        )  # fmt: skip
-        strides = (table.stride(0) if self.TB > 1 else 0, table.stride(1) if self.TH > 1 else 0)
-        return Table(table, strides, tile.block_n if keys else tile.block_m)
-
-    def _block_bounds(self, block: int, blocks: int, *, keys: bool) -> tuple[Tensor, int]:
-        call = self.call
-        plane = self.TB * self.TH * blocks
-        known = self._bounds.get((keys, block))
-        if known is None:
-            vectors = len(bounded_vectors(call.spec.certainty, "n" if keys else "m"))
-            known = call.empty((max(vectors, 1), 2, plane), torch.int64)
-            if vectors:
-                call.start(
-                    "flashfuse_block_bounds", plane,
-                    known, call.inputs, plane, self.TH, call.M, call.N, BLOCK=block, KEYS=keys, num_warps=4
-                )
-            self._bounds[(keys, block)] = known
-        return known, plane
+def write_table(launches: Launches, shape: tuple[int, int, int, int]) -> Tensor:
+    """Launch what fills a new table. The spec has a mask that interval evaluation can say something about."""
+    spec, (_B, _H, M, N) = launches.spec, shape
+    assert spec.split.keep is not None
+    table = launches.empty(table_shape(spec.split.keep, shape), torch.int32)
+    TB, TH = table.shape[:2]
+    if table.numel() == 0:
+        launches.cannot_repeat()
+        return table
+    planes = [TB * TH * blocks(length) for length in (M, N)]
+    vectors = [len(bounded_vectors(spec.certainty, letter)) for letter in "mn"]
+    ends = [2 * count * plane for count, plane in zip(vectors, planes, strict=True)]
+    bounds = launches.empty((max(sum(ends), 1),), torch.int64)
+    sides = (planes[0], planes[1], ends[0], TH, M, N)
+    if sum(ends):
+        launches.start("flashfuse_block_bounds", sum(planes), bounds, launches.inputs, *sides, BLOCK=BLOCK, num_warps=1)
+    constants = {"BLOCK": BLOCK, "CHUNK": _INTERPRETED_CHUNK if interpreting() else _CHUNK, "num_warps": 4}
+    launches.start("flashfuse_block_table", sum(planes), bounds, table, launches.inputs, *sides, **constants)
+    return table

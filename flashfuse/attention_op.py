@@ -22,13 +22,13 @@ from flashfuse.ir.attention_spec import AttentionSpec, from_text, plain_load_let
 _library = torch.library.Library("flashfuse", "DEF")
 for _name in ("attention", "attention_forward"):
     _library.define(
-        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout)"
-        " -> (Tensor, Tensor)",
+        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] sizes, str spec, str layout,"
+        " Tensor? ranges=None) -> (Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
     )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-    " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec) -> Tensor[]",
+    " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec, Tensor? ranges=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define("fence(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,11 +48,12 @@ def run_forward(
     sizes: Sequence[int],
     spec: str,
     layout: str,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a spec: out `[B, H, M, E]` in value's dtype, laid out in memory in the order of `layout`, and the
-    float32 row statistics `[planes, B, H, M]` that the backward needs."""
+    float32 row statistics `[planes, B, H, M]` that the backward needs. `ranges` is what `flashfuse::block_ranges` gave."""
     meaning = from_text(spec)
-    found = _run_kernels(meaning, "forward", query.is_cuda, query, key, value, captures, sizes, layout)
+    found = run_kernels(meaning, "forward", query.is_cuda, query, key, value, captures, sizes, layout, ranges)
     if found is not None:
         return found  # type: ignore[no-any-return]
     out = _empty_out(query, value, layout)
@@ -70,10 +71,11 @@ def run_backward(
     sizes: Sequence[int],
     needs: Sequence[bool],
     spec: str,
+    ranges: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and of each capture whose entry of `needs` is True, in this order."""
     meaning, arguments = from_text(spec), (grad_out, query, key, value, out, stats, captures, sizes, tuple(needs))
-    found = _run_kernels(meaning, "backward", query.is_cuda, *arguments)
+    found = run_kernels(meaning, "backward", query.is_cuda, *arguments, ranges)
     if found is None:
         found = _run_in_torch(meaning, "backward", *arguments)
     inputs = _differentiated(query, key, value, captures, needs)
@@ -102,9 +104,14 @@ def _differentiated(
     return [query, key, value, *(c for c, wanted in zip(captures, needs, strict=True) if wanted)]
 
 
-def _run_kernels(spec: AttentionSpec, direction: str, on_cuda: bool, *arguments: Any) -> Any:
+def kernels_run_on(device_type: str) -> bool:
+    """Whether calls on a device go to the Triton kernels, as far as the device decides."""
+    return device_type == "cuda" or os.environ.get("FLASHFUSE_INTERPRET") == "1"
+
+
+def run_kernels(spec: AttentionSpec, direction: str, on_cuda: bool, *arguments: Any) -> Any:
     """What the Triton kernels give, or None where they cannot run. A failing kernel warns once a spec."""
-    if not (on_cuda or os.environ.get("FLASHFUSE_INTERPRET") == "1") or (spec.key, direction) in _failed:
+    if not kernels_run_on("cuda" if on_cuda else "cpu") or (spec.key, direction) in _failed:
         return None
     try:
         return getattr(_launch(), direction)(spec, *arguments)
@@ -155,7 +162,7 @@ _library.impl("attention_backward", run_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("flashfuse::attention_forward", lib=_library)
-def _attention_forward_fake(query, key, value, captures, sizes, spec, layout):  # type: ignore[no-untyped-def]
+def _attention_forward_fake(query, key, value, captures, sizes, spec, layout, ranges=None):  # type: ignore[no-untyped-def]
     planes = from_text(spec).planes
     dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
     return _empty_out(query, value, layout), query.new_empty((planes, *query.shape[:3]), dtype=dtype)
@@ -163,7 +170,7 @@ def _attention_forward_fake(query, key, value, captures, sizes, spec, layout):  
 
 @torch.library.register_fake("flashfuse::attention_backward", lib=_library)
 def _attention_backward_fake(  # type: ignore[no-untyped-def]
-    grad_out, query, key, value, out, stats, captures, sizes, needs, spec
+    grad_out, query, key, value, out, stats, captures, sizes, needs, spec, ranges=None
 ):
     return [torch.empty_like(tensor) for tensor in _differentiated(query, key, value, captures, needs)]
 
@@ -176,25 +183,26 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: Any, spec: str, layout: str, query: Tensor, key: Tensor, value: Tensor, *captures: Tensor
-    ) -> Any:
-        out, stats = torch.ops.flashfuse.attention_forward(query, key, value, list(captures), sizes, spec, layout)
+        ctx: Any, sizes: Any, spec: str, layout: str, ranges: Tensor | None,
+        query: Tensor, key: Tensor, value: Tensor, *captures: Tensor,
+    ) -> Any:  # fmt: skip
+        out, stats = torch.ops.flashfuse.attention_forward(query, key, value, list(captures), sizes, spec, layout, ranges)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(query, key, value, out, stats, *captures)
+        ctx.save_for_backward(query, key, value, out, stats, ranges, *captures)
         ctx.sizes, ctx.spec = sizes, spec
-        ctx.needs = [bool(needed) for needed in ctx.needs_input_grad[6:]]
+        ctx.needs = [bool(needed) for needed in ctx.needs_input_grad[7:]]
         return out, stats
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> Any:
-        query, key, value, out, stats, *captures = ctx.saved_tensors
+        query, key, value, out, stats, ranges, *captures = ctx.saved_tensors
         found = torch.ops.flashfuse.attention_backward(
-            grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec
+            grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec, ranges
         )
         if torch.is_grad_enabled():  # create_graph=True: without this the gradients would be silently taken for constants
             found = _NoSecondDerivative.apply(len(found), *found, grad_out, query, key, value, *captures)
         rest = iter(found[3:])
-        return None, None, None, *found[:3], *(next(rest) if needed else None for needed in ctx.needs)
+        return None, None, None, None, *found[:3], *(next(rest) if needed else None for needed in ctx.needs)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -220,13 +228,20 @@ def _check_needs(spec: AttentionSpec, needs: Sequence[bool]) -> None:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], spec: str, layout: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    layout: str,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`flashfuse::attention`: out and row statistics, as `attention_forward` gives them, with gradients."""
     if not torch.is_grad_enabled():
-        return torch.ops.flashfuse.attention_forward(query, key, value, captures, sizes, spec, layout)
+        return torch.ops.flashfuse.attention_forward(query, key, value, captures, sizes, spec, layout, ranges)
     _check_needs(from_text(spec), [capture.requires_grad for capture in captures])
-    return _Attention.apply(sizes, spec, layout, query, key, value, *captures)  # type: ignore[no-any-return]
+    return _Attention.apply(sizes, spec, layout, ranges, query, key, value, *captures)  # type: ignore[no-any-return]
 
 
 _library.impl("attention", attention, "CompositeImplicitAutograd")

@@ -103,7 +103,6 @@ def rewrite(
     """Replace the matches; fence the refused from Inductor's own matcher. The same module if nothing changed."""
     if not sites:
         return module, []
-    import flashfuse.attention_op  # noqa: F401 -- defines the operators that the new graph calls
     from flashfuse.inductor_lowerings import register_lowerings
 
     fences = options.inner == "inductor" and register_lowerings()

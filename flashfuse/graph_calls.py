@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from flashfuse.block_ranges import wants_table
 from flashfuse.patterns.attention import Input, Match
 from flashfuse.patterns.axes import same_size
 from flashfuse.patterns.calls import is_tensor, value_of
@@ -43,6 +44,7 @@ class GraphCalls:
         for node in reversed(self.made):
             self.rewriter.graph.erase_node(node)
         self.rewriter.added = {nf: new for nf, new in self.rewriter.added.items() if new not in gone}
+        self.rewriter.tables = {mask: table for mask, table in self.rewriter.tables.items() if table not in gone}
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         graph = self.rewriter.graph
@@ -163,9 +165,28 @@ class GraphCalls:
         captures = [self._capture(side) for side in match.captures]
         sizes = [self.integer(size) for size in match.sizes]
         function = torch.ops.flashfuse.attention.default
-        both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout)
+        ranges = self._ranges(match, captures, sizes)
+        both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout, *ranges)
         result = self.call(operator.getitem, both, 0)
         return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
+
+    def _ranges(self, match: Match, captures: list[fx.Node], sizes: list[Any]) -> tuple[fx.Node, ...]:
+        """The range table of the match's mask, if its kernels read one: made here, or that of an earlier match."""
+        device = value_of(match.query.node).device
+        mask_alone = match.spec.mask_alone
+        if mask_alone is None or not wants_table(match.spec, device, match.dims["M"]):
+            return ()
+        spec, read = mask_alone
+        shape = tuple(match.dims[letter] for letter in "BHMN")
+        sides = tuple((side.node, str(side.view)) for side in (match.captures[place] for place in read))
+        identity = (spec.key, sides, str(shape), str(match.sizes), device)
+        known = self.rewriter.tables.get(identity)
+        if known is None or not known < self.target:
+            own = [captures[place] for place in read]
+            function = torch.ops.flashfuse.block_ranges.default
+            known = self.call(function, own, sizes, [self.integer(size) for size in shape], spec.to_text(), device)
+            self.rewriter.tables[identity] = known
+        return (known,)
 
     def _seed(self, device: torch.device) -> fx.Node:
         """A seed from torch's generator of a device: a node of its own, which CUDA graphs and checkpoints replay."""

@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 
-DIRECT_CALLS = {"attention_forward": "run_forward", "attention_backward": "run_backward"}
+DIRECT_CALLS = {  # operator -> the module and the function that implement it
+    "attention_forward": ("attention_op", "run_forward"),
+    "attention_backward": ("attention_op", "run_backward"),
+    "block_ranges": ("block_ranges", "run_block_ranges"),
+}
 
 
 @cache
 def register_lowerings() -> bool:
     """Tell Inductor about the operators; False if it cannot be told of the fence."""
-    import flashfuse.attention_op  # noqa: F401 -- defines the operators
+    import flashfuse.attention_op
+    import flashfuse.block_ranges  # noqa: F401 -- they define the operators
 
     try:
         from torch._inductor.lowering import lowerings, register_lowering
@@ -27,13 +32,13 @@ def register_lowerings() -> bool:
     # backward then takes for its own and overwrites.
     clone = lowerings[torch.ops.aten.clone.default]
     register_lowering(torch.ops.flashfuse.fence.default, type_promotion_kind=None)(lambda x: clone(x))
-    for name, function in DIRECT_CALLS.items():
-        _register_direct_call(getattr(torch.ops.flashfuse, name).default, function)
+    for name, (module, function) in DIRECT_CALLS.items():
+        _register_direct_call(getattr(torch.ops.flashfuse, name).default, module, function)
     return True
 
 
-def _register_direct_call(operator: Any, function: str) -> None:
-    """Let the compiled code call `flashfuse.attention_op`'s `function` instead of the operator that it implements."""
+def _register_direct_call(operator: Any, module: str, function: str) -> None:
+    """Let the compiled code call a module's `function` instead of the operator that it implements."""
     try:
         from torch._inductor.ir import FallbackKernel, IRNode, TensorBox
         from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, fallbacks, register_lowering
@@ -45,7 +50,7 @@ def _register_direct_call(operator: Any, function: str) -> None:
     class DirectCall(FallbackKernel):  # type: ignore[misc]
         def codegen(self, wrapper: Any) -> None:
             name = f"flashfuse_{function}"
-            wrapper.add_import_once(f"from flashfuse.attention_op import {function} as {name}")
+            wrapper.add_import_once(f"from flashfuse.{module} import {function} as {name}")
             self.python_kernel_name = name
             super().codegen(wrapper)
 

@@ -9,6 +9,7 @@ value that the captured graph does not name (a cast by autocast), the few ATen c
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,6 +36,7 @@ class Rewriter:
         self.effects = _Effects(form)
         self.added: dict[fx.Node, fx.Node] = {}  # normal form node -> node of the new graph
         self.replaced: dict[fx.Node, fx.Node] = {}  # captured node whose result an attention now gives -> that result
+        self.tables: dict[tuple[Any, ...], fx.Node] = {}  # what decides a range table -> the node that makes it
         self.expanded: set[fx.Node] = set()
         self.drawn: set[fx.Node] = set()  # normal form nodes in whose place a seed was drawn
         self.changed = False

@@ -195,8 +195,9 @@ def flashfuse_grad_query(
     else:
         lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
-        table += b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
-        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table)
+        table += b_wide * table_b + h_wide * table_h
+        rows = tl.cdiv(M, TABLE_ROWS)
+        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
@@ -363,8 +364,9 @@ def flashfuse_grad_key_value(
         sums = start_column_sums(BLOCK_N)
         lo, hi, full_lo, full_hi = query_range(first, last, b, h, M, N, inputs)
         if TABLE_ROWS > 0:
-            place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
-            lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
+            own = table + b_wide * table_b + h_wide * table_h + tl.cdiv(M, TABLE_ROWS) * 6  # behind the queries' rows
+            rows = tl.cdiv(N, TABLE_ROWS)
+            lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, own, first, rows, TABLE_ROWS, BLOCK_N)
         lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_M)
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,

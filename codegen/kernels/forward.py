@@ -148,8 +148,9 @@ def flashfuse_forward(
     else:
         lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
-        place = table + b_wide * table_b + h_wide * table_h + first // TABLE_ROWS * 4
-        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, place)
+        table += b_wide * table_b + h_wide * table_h
+        rows = tl.cdiv(M, TABLE_ROWS)
+        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)

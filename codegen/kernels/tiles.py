@@ -44,11 +44,22 @@ def block_aligned(lo, full_lo, full_hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def with_table(lo, hi, full_lo, full_hi, row):
-    """Narrow a range by the row of a range table; the table's full run is the wider proof."""
-    return (
-        tl.maximum(lo, tl.load(row)),
-        tl.minimum(hi, tl.load(row + 1)),
-        tl.load(row + 2),
-        tl.load(row + 3),
-    )
+def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Narrow a range of the rows [first, first + BLOCK) by their rows of a range table; its full run is the wider proof.
+
+    `table` has `blocks` rows, each for ROWS rows of the tensors.
+    """
+    if BLOCK <= ROWS:
+        row = table + first // ROWS * 6
+        table_lo = tl.load(row)
+        table_hi = tl.load(row + 1)
+        full_lo = tl.load(row + 2)
+        full_hi = tl.load(row + 3)
+    else:
+        place = first // ROWS + tl.arange(0, BLOCK // ROWS)
+        row = table + place * 6
+        table_lo = tl.min(tl.load(row, mask=place < blocks, other=2147483647), 0)
+        table_hi = tl.max(tl.load(row + 1, mask=place < blocks, other=0), 0)
+        full_lo = tl.max(tl.load(row + 2, mask=place < blocks, other=0), 0)
+        full_hi = tl.min(tl.load(row + 3, mask=place < blocks, other=2147483647), 0)
+    return tl.maximum(lo, table_lo), tl.minimum(hi, table_hi), full_lo, full_hi

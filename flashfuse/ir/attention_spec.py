@@ -18,12 +18,13 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from flashfuse.errors import InternalError
 from flashfuse.ir import mask, ranges
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
+from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import INDICES, ScoreProgram, Statement, from_json, to_json
 from flashfuse.ir.weight import is_proportional
@@ -113,10 +114,31 @@ class AttentionSpec:
 
     @cached_property
     def certainty(self) -> ranges.Certainty | None:
-        """Interval evaluation of the predicate; None without one, or where the closed form already says it all."""
+        """Interval evaluation of the predicate; None without one, where the closed form already says it all, or where it
+        can tell nothing."""
         if self.split.keep is None or (self.key_ranges is not None and self.key_ranges.closed):
             return None
-        return ranges.block_certainty(self.split.keep)
+        found = ranges.block_certainty(self.split.keep)
+        return found if found.tells_something else None
+
+    @cached_property
+    def mask_alone(self) -> tuple[AttentionSpec, tuple[int, ...]] | None:
+        """A spec that has this one's mask and nothing else, and the numbers of the captures that it reads, in its order.
+
+        None without a mask. Specs with one mask share it, whatever else they compute.
+        """
+        keep = self.split.keep
+        if keep is None:
+            return None
+        read = keep.loads()
+        statements = tuple(
+            replace(s, attribute=read.index(int(s.attribute))) if s.op == "load" else s  # type: ignore[arg-type]
+            for s in keep.statements
+        )
+        builder = Builder()
+        kept = builder.include(ScoreProgram(statements, keep.results))[keep.result]
+        score = builder.op("where", kept, builder.leaf("score"), float("-inf"))
+        return AttentionSpec(builder.program(score), tuple(self.captures[number] for number in read), EmptyRows.ZERO), read
 
     @property
     def dense_rows(self) -> bool:

@@ -311,6 +311,11 @@ class Certainty:
     program: ScoreProgram
     inputs: tuple[Bounded, ...]
 
+    @property
+    def tells_something(self) -> bool:
+        """Whether any block can be found empty or full."""
+        return any(self.program.statements[result].op != "const" for result in self.program.results)
+
 
 @lru_cache(maxsize=1024)
 def block_certainty(keep: ScoreProgram) -> Certainty:

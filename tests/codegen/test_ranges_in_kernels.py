@@ -12,8 +12,8 @@ import triton.language as tl
 
 from flashfuse.codegen import launch
 from flashfuse.codegen.load import kernel_module
-from flashfuse.codegen.plan import Tile
-from flashfuse.codegen.range_tables import tells_something
+from flashfuse.codegen.range_tables import block_ranges
+from flashfuse.ir.block_table import BLOCK
 from flashfuse.ir.score_program import Statement, evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,7 +22,7 @@ from specs import Case, make_inputs
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter")
 MASKED = [case for case in CASES if case.spec.split.keep is not None]
-TILE = Tile(16, 32, 1, 1)
+CPU = torch.device("cpu")
 
 
 @triton.jit
@@ -56,9 +56,10 @@ def kept(case: Case, captures: list[torch.Tensor]) -> torch.Tensor:
 
 def check(mask: torch.Tensor, found: list[int]) -> None:
     """`mask` is `[own side, other side]` of one block."""
-    lo, hi, full_lo, full_hi = found
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = (*found, 0, 0)[:6]
     assert not mask[:, :lo].any()
     assert not mask[:, hi:].any()
+    assert not mask[:, gap_lo:gap_hi].any()
     assert mask[:, full_lo : max(full_lo, full_hi)].all()
     assert lo >= 0
     assert hi <= mask.shape[1]
@@ -83,26 +84,46 @@ def test_closed_forms(case: Case) -> None:
                 check(plane[first : last + 1], out.tolist())
 
 
-@pytest.mark.parametrize("case", [c for c in MASKED if tells_something(c.spec)], ids=lambda case: case.name)
+def table_of(case: Case, captures: list[torch.Tensor]) -> torch.Tensor:
+    """The table of the case's mask alone, as a rewritten graph makes it."""
+    B, H, _, M, N, _, _ = case.shape
+    mask_alone = case.spec.mask_alone
+    assert mask_alone is not None
+    return block_ranges(mask_alone[0], [captures[number] for number in mask_alone[1]], case.sizes, (B, H, M, N), CPU)
+
+
+@pytest.mark.parametrize("case", [c for c in MASKED if c.spec.certainty is not None], ids=lambda case: case.name)
 def test_tables(case: Case) -> None:
     inputs = make_inputs(case, torch.float32)
     mask = kept(case, inputs.captures)
-    call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
-    for table, planes in ((call.tables.of_queries(TILE), mask), (call.tables.of_keys(TILE), mask.transpose(2, 3))):
-        for b in range(table.tensor.shape[0]):
-            for h in range(table.tensor.shape[1]):
-                for block, found in enumerate(table.tensor[b, h].tolist()):
-                    check(planes[b, h, block * table.rows : (block + 1) * table.rows], found)
+    M = mask.shape[2]
+    table = table_of(case, inputs.captures)
+    for b in range(table.shape[0]):
+        for h in range(table.shape[1]):
+            rows = iter(table[b, h].tolist())
+            for side in (mask[b, h], mask[b, h].T):
+                for first in range(0, side.shape[0], BLOCK):
+                    check(side[first : first + BLOCK], next(rows))
+            assert list(rows) == []
+    assert table.shape[2] == -(-M // BLOCK) + -(-mask.shape[3] // BLOCK)
+
+
+def documents(ids: torch.Tensor) -> torch.Tensor:
+    case = next(c for c in CASES if c.name == "documents")
+    captures = make_inputs(case, torch.float32).captures
+    captures[0][:] = ids
+    return table_of(case, captures)[0, 0]
 
 
 def test_tables_skip_other_documents() -> None:
-    case = next(c for c in CASES if c.name == "documents")
-    inputs = make_inputs(case, torch.float32)
-    inputs.captures[0][:] = torch.arange(75) // 32
-    call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
-    assert call.tables.of_queries(TILE).tensor[0, 0].tolist() == [
-        [0, 32, 0, 32], [0, 32, 0, 32], [32, 64, 32, 64], [32, 64, 32, 64], [64, 75, 64, 75],
-    ]  # fmt: skip
+    rows = [[0, 32, 0, 32, 0, 0], [32, 64, 32, 64, 0, 0], [64, 75, 64, 75, 0, 0]]
+    assert documents(torch.arange(75) // 32).tolist() == rows * 2
+
+
+def test_tables_skip_what_lies_between() -> None:
+    ids = torch.tensor([0, 1, 0])[torch.arange(75) // 32]
+    rows = [[0, 75, 0, 32, 32, 64], [32, 64, 32, 64, 0, 0], [0, 75, 0, 32, 32, 64]]
+    assert documents(ids).tolist() == rows * 2
 
 
 def test_causal_ranges_are_sharp() -> None:
