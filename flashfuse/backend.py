@@ -94,7 +94,9 @@ def fuse(module: fx.GraphModule, options: Options) -> Fused:
 def read(module: fx.GraphModule, options: Options, writers: set[fx.Node]) -> tuple[NormalForm, list[Site]]:
     """Normal form and sites of one graph."""
     form = normalise(module, writes_of=lambda node: node in writers)
-    return form, find_attention(form.graph, requires_grad=lambda node: _requires_grad(form, node), sdpa=options.sdpa)
+    return form, find_attention(
+        form.graph, requires_grad=lambda node: _requires_grad(form, node), overwritten=form.overwritten, sdpa=options.sdpa
+    )
 
 
 def rewrite(

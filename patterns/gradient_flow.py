@@ -1,4 +1,4 @@
-"""Where gradients flow: `detach` and `no_grad` leave no trace in values, but a fused attention must stop there too."""
+"""What values do not show: `detach` and `no_grad`, where a fused attention must stop the gradient too, and later writes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from flashfuse.patterns.calls import is_tensor, value_of
 
 
 class GradientFlow:
-    """Asks `requires_grad(node)` once a node. Without gradients (inference) nothing is needed and nothing stops."""
+    """Asks `requires_grad(node)` once a node. Without gradients (inference) nothing is needed and nothing stops.
 
-    def __init__(self, requires_grad: Callable[[fx.Node], bool]) -> None:
+    `overwritten(node)`: whether the captured graph loses the value by a write in place.
+    """
+
+    def __init__(self, requires_grad: Callable[[fx.Node], bool], overwritten: Callable[[fx.Node], bool]) -> None:
         self._requires_grad = requires_grad
+        self.overwritten = overwritten
         self._known: dict[fx.Node, bool] = {}
 
     def needed(self, node: fx.Node) -> bool:

@@ -50,6 +50,16 @@ class NormalForm:
                 return origin
         return None
 
+    def overwritten(self, node: fx.Node) -> bool:
+        """Whether every captured value that equals `node` is overwritten at some time."""
+        origins = self.origins.get(node, ())
+        return bool(origins) and all(self.written(o.storage, o.time, self.end) for o in origins)
+
+    @property
+    def end(self) -> int:
+        """A time after which nothing is written."""
+        return max((time for time, _storage in self.writes), default=0)
+
     def captured_names(self, *names: str) -> tuple[str, ...]:
         """The captured nodes that ran when the nodes of these names were made."""
         found = [self.produced.get(node) for node in self.graph.nodes if str(node) in names]

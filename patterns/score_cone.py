@@ -147,7 +147,7 @@ class Lifter:
         try:
             lifted = self._by_row(node, index)
             worth = self._spans_both(node, index) or _is_mask(lifted) or _is_plain_load(lifted)
-            if worth and not self._loses_gradient(node, lifted):
+            if worth and not self._loses_gradient(node, lifted) and not self._reads_overwritten(lifted):
                 return lifted
         except (Refused, axes.LayoutError):
             log.debug("%s is captured: it cannot be lifted", node)
@@ -179,6 +179,11 @@ class Lifter:
         if not needed or not self.flow.needed(node):
             return bool(needed)
         return any(self.builder.statements[o].op not in ("index", "const") for s in needed for o in s.operands)
+
+    def _reads_overwritten(self, lifted: Value) -> bool:
+        """Whether a side value is computed in place from a tensor that it overwrites: then it is captured itself."""
+        loads = [s for s in self.builder.closure(lifted) if s.op == "load"]
+        return any(self.flow.overwritten(self.captures[int(s.attribute)].node) for s in loads)  # type: ignore[arg-type]
 
     def _by_row(self, node: fx.Node, index: Index) -> Value:
         row = ROWS.get(node.target)

@@ -35,12 +35,19 @@ class Site:
     found: Match | Refusal
 
 
-def find_attention(graph: fx.Graph, *, requires_grad: Callable[[fx.Node], bool], sdpa: str = "auto") -> list[Site]:
+def find_attention(
+    graph: fx.Graph,
+    *,
+    requires_grad: Callable[[fx.Node], bool],
+    overwritten: Callable[[fx.Node], bool] = lambda node: False,
+    sdpa: str = "auto",
+) -> list[Site]:
     """Read every softmax, SDPA call and opaque attention call of a normal form, in graph order.
 
+    `overwritten`: whether the captured graph loses a node's value, so that a later one should be captured if there is one.
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
     """
-    flow = GradientFlow(requires_grad)
+    flow = GradientFlow(requires_grad, overwritten)
     return [
         Site(node, user_line(node), found)
         for node in graph.nodes

@@ -74,7 +74,10 @@ DIFFERENT = (
     # pictures
     # (their keys are pooled: in a smaller picture only one would be left)
     *(Row(name, config={"image_size": 64}, inputs={"pixel_values": lambda c: torch.randn(BATCH, 3, 64, 64)})
-      for name in ("pvt", "pvt_v2", "segformer", "glpn", "mobilevit")),
+      for name in ("pvt", "pvt_v2", "segformer", "glpn")),
+    *(Row(name, config={"image_size": size}, inputs={"pixel_values": lambda c, size=size: torch.randn(BATCH, 3, *size)})
+      for name, size in (("mobilevit", [128, 128]), ("hiera", [64, 64]))),
+    Row("maskformer", inputs={"pixel_values": lambda c: torch.randn(BATCH, 3, 64, 64)}),
     Row("vitdet", config={"window_size": 2, "window_block_indices": [0]}),
     Row("dinov3_vit", config={"rope_theta": 100.0}),
     *(Row(name, config=SMALL_SWIN) for name in ("swin", "swinv2", "donut-swin", "maskformer-swin")),
@@ -123,13 +126,13 @@ BY_RULES = (
     "gemma4_unified_text", "git", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glmasr", "glmasr_encoder",
     "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite",
     "granite_docling", "granite_docling_text", "granite_speech", "granite_speech_plus", "granite_swa", "granitemoe",
-    "granitemoe_swa", "granitemoeshared", "groupvit", "gte", "helium", "hiera", "higgs_audio_v2", "hrm_text", "hubert",
+    "granitemoe_swa", "granitemoeshared", "groupvit", "gte", "helium", "higgs_audio_v2", "hrm_text", "hubert",
     "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "hyperclovax_vision_v2", "ibert", "idefics2",
     "idefics3", "ijepa", "imagegpt", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "internlm3",
     "internvl", "internvl_vision", "iquestcoder", "jais2", "jetmoe", "jina_embeddings_v3", "kimi_k25", "kimi_linear",
     "kolibri1", "kosmos-2.5", "lfm2", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "llama", "llama4", "llama4_text",
     "llava", "llava_next", "llava_next_video", "llava_onevision", "longcat_flash", "longt5", "luke", "m2m_100", "marian",
-    "markuplm", "maskformer", "mbart", "megatron-bert", "mellum", "metaclip_2", "mgp-str", "mimo_v2_flash", "minicpm3",
+    "markuplm", "mbart", "megatron-bert", "mellum", "metaclip_2", "mgp-str", "mimo_v2_flash", "minicpm3",
     "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text",
     "ministral", "ministral3", "mistral", "mistral3", "mixtral", "mlcd", "mlcd_vision_model", "mllama", "mobilebert",
     "modernbert", "modernbert-decoder", "modernvbert", "molmo2_text", "moshi", "moss_transcribe_diarize",

@@ -25,7 +25,9 @@ def sites_of(function, inputs, *, dynamic: bool = False) -> list[Site]:
 
     def backend(module, _inputs):
         form = normalise(module, writes_of=lambda node: True)
-        found.extend(find_attention(form.graph, requires_grad=lambda node: False, sdpa=Options().sdpa))
+        found.extend(find_attention(
+            form.graph, requires_grad=lambda node: False, overwritten=form.overwritten, sdpa=Options().sdpa
+        ))
         return module.forward
 
     torch._dynamo.reset()

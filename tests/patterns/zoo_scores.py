@@ -181,6 +181,26 @@ def swin_v2_cosine_attention(q, k, v, logit_scale, bias):
 
 
 @spelling(
+    inputs=lambda: (*qkv(), torch.randn(B, H, S, S)),
+    score="(s * 0.25) + c0[b, h, m, n]",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
+def bias_scaled_in_place(q, k, v, bias):
+    """As in Funnel. The tensor before the write is gone, so the one after it is captured."""
+    bias = bias.cumsum(-2)
+    bias *= torch.linspace(0.5, 1.5, bias.shape[-1], dtype=bias.dtype)
+    return (_scores(q, k) + bias).softmax(-1) @ v
+
+
+@near_miss("FF303", "bias_scaled_in_place", inputs=lambda: (*qkv(), torch.randn(B, H, S, S)))
+def bias_scaled_in_place_too_late(q, k, v, bias):
+    p = (_scores(q, k) + bias).softmax(-1)
+    bias *= 2.0
+    return p @ v
+
+
+@spelling(
     inputs=lambda: (*qkv(), torch.randn(H, S, S), torch.randn(B, 1, 1, S)),
     score="((s * 0.25) + c0[h, m, n]) + c1[b, 0, 0, n]",
     rows="exact",
