@@ -60,7 +60,8 @@ def forward(
     layout: str = "bhme",
     ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out `[B, H, M, E]`, in memory in the order of `layout`, and the float32 row statistics `[planes, B, H, M]`.
+    """out `[B, H, M, E]` in the spec's dtype, in memory in the order of `layout`, and the float32 row statistics
+    `[planes, B, H, M]`.
 
     `ranges` is the range table that `block_ranges` gave for the mask, if it was made before. Raises UnsupportedError where
     the kernels cannot run.
@@ -81,7 +82,7 @@ def _there(tensor: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
-    out = call.empty((call.B, call.H, call.M, call.E), call.value.dtype, layout)
+    out = call.empty((call.B, call.H, call.M, call.E), call.spec.out_dtype(call.value.dtype), layout)
     stats = call.empty((call.spec.planes, call.B, call.H, call.M), torch.float32)
     if stats.numel() == 0 or call.N == 0:
         call.cannot_repeat()

@@ -84,7 +84,7 @@ def computes(spec: AttentionSpec) -> bool:
 def _form(spec: AttentionSpec) -> tuple[float, bool] | None:
     """(factor, causal) of a spec that is softmax(factor * s), all keys or those with n <= m; None for others."""
     linear = linear_score(spec.split.kept)
-    if linear is None or linear.addends is not None or linear.factor <= 0 or spec.captures or len(spec.programs) > 1:
+    if linear is None or linear.addends is not None or linear.factor <= 0 or spec.captures or len(spec.programs) > 1 or spec.wide:
         return None
     if spec.split.keep is not None and not is_causal(spec.split.keep):
         return None

@@ -50,13 +50,14 @@ def run_forward(
     layout: str,
     ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a spec: out `[B, H, M, E]` in value's dtype, laid out in memory in the order of `layout`, and the
-    float32 row statistics `[planes, B, H, M]` that the backward needs. `ranges` is what `flashfuse::block_ranges` gave."""
+    """Attention of a spec: out `[B, H, M, E]` in value's dtype (float32 if the spec is wide), laid out in memory in the order
+    of `layout`, and the float32 row statistics `[planes, B, H, M]` that the backward needs. `ranges` is what
+    `flashfuse::block_ranges` gave."""
     meaning = from_text(spec)
     found = run_kernels(meaning, "forward", query.is_cuda, query, key, value, captures, sizes, layout, ranges)
     if found is not None:
         return found  # type: ignore[no-any-return]
-    out = _empty_out(query, value, layout)
+    out = _empty_out(meaning, query, value, layout)
     return out, _run_in_torch(meaning, "forward", query, key, value, captures, sizes, out)
 
 
@@ -92,9 +93,9 @@ def _laid_out_like(gradient: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(gradient)
 
 
-def _empty_out(query: Tensor, value: Tensor, layout: str) -> Tensor:
-    shape = (*query.shape[:3], value.shape[3])
-    return torch.empty_permuted(shape, ["bhme".index(letter) for letter in layout], dtype=value.dtype, device=query.device)
+def _empty_out(spec: AttentionSpec, query: Tensor, value: Tensor, layout: str) -> Tensor:
+    shape, order = (*query.shape[:3], value.shape[3]), ["bhme".index(letter) for letter in layout]
+    return torch.empty_permuted(shape, order, dtype=spec.out_dtype(value.dtype), device=query.device)
 
 
 def _differentiated(
@@ -163,9 +164,9 @@ _library.impl("attention_backward", run_backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("flashfuse::attention_forward", lib=_library)
 def _attention_forward_fake(query, key, value, captures, sizes, spec, layout, ranges=None):  # type: ignore[no-untyped-def]
-    planes = from_text(spec).planes
+    meaning = from_text(spec)
     dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
-    return _empty_out(query, value, layout), query.new_empty((planes, *query.shape[:3]), dtype=dtype)
+    return _empty_out(meaning, query, value, layout), query.new_empty((meaning.planes, *query.shape[:3]), dtype=dtype)
 
 
 @torch.library.register_fake("flashfuse::attention_backward", lib=_library)
@@ -197,7 +198,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> Any:
         query, key, value, out, stats, ranges, *captures = ctx.saved_tensors
         found = torch.ops.flashfuse.attention_backward(
-            grad_out, query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec, ranges
+            grad_out.to(value.dtype), query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec, ranges
         )
         if torch.is_grad_enabled():  # create_graph=True: without this the gradients would be silently taken for constants
             found = _NoSecondDerivative.apply(len(found), *found, grad_out, query, key, value, *captures)

@@ -151,8 +151,18 @@ def _fused_record(rewriter: Rewriter, site: Site, match: Match) -> SiteRecord:
     dtype = str(match.query.cast or value.dtype).removeprefix("torch.")
     return SiteRecord(
         str(site.anchor), site.where, dims, dtype, spec=match.spec, path=user_place(site.anchor),
-        device=value.device.type, captures=names, region=tuple(str(node) for node in region),
+        device=value.device.type, captures=names, region=tuple(str(node) for node in region), notes=_notes(rewriter, match),
     )  # fmt: skip
+
+
+def _notes(rewriter: Rewriter, match: Match) -> tuple[tuple[str, str], ...]:
+    """What a reader must know about a site besides its kernel."""
+    if not match.terms:
+        return ()
+    names = capture_names(rewriter.form, [factor.node for factor in match.factors])
+    signs = {"mul": " * ", "div": " / "}
+    times = "".join(signs[factor.name] + name for factor, name in zip(match.factors, names, strict=True))
+    return (("sum", f"one of {len(match.terms)} outputs that are added up, times {match.scale:g}{times}"),)
 
 
 def _is_safe(found: Refusal) -> bool:

@@ -38,7 +38,7 @@ def forward(
     sizes: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    """Fill `out` `[B, H, M, E]` (any strides, value's dtype) and return the row statistics `[planes, B, H, M]`.
+    """Fill `out` `[B, H, M, E]` (any strides, the spec's dtype) and return the row statistics `[planes, B, H, M]`.
 
     Statistics are float32 (float64 for float64 inputs): the logarithm of the sum of exponentials, and, if the spec has
     two planes, the shift that was subtracted from the scores before (0 for ordinary rows).

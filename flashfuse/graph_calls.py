@@ -36,6 +36,7 @@ class GraphCalls:
 
     def __post_init__(self) -> None:
         self.made: list[fx.Node] = []
+        self.seeds: dict[fx.Node, fx.Node] = {}
         self.meta = {key: self.blame.meta[key] for key in _OF_THE_USER if key in self.blame.meta}
 
     def undo(self) -> None:
@@ -160,7 +161,20 @@ class GraphCalls:
     # ------------------------------------------------------------------------------------------ the call
 
     def attention(self, match: Match) -> fx.Node:
-        """The op on the match's inputs, and the views to the output's own layout."""
+        """The op on the match's inputs, and the views to the output's own layout; of a sum, all its terms added up."""
+        if not match.terms:
+            return self._attention(match)
+        total: fx.Node | None = None
+        for term in match.terms:
+            own = self._attention(term)
+            if abs(term.scale) != 1 or (total is None and term.scale < 0):
+                own = self.call(torch.mul, own, term.scale)
+            add = torch.sub if term.scale == -1 else torch.add
+            total = own if total is None else self.call(add, total, own)
+        assert total is not None
+        return self.method("to", total, value_of(match.output).dtype)
+
+    def _attention(self, match: Match) -> fx.Node:
         tensors = [self.operand(side) for side in (match.query, match.key, match.value)]
         captures = [self._capture(side) for side in match.captures]
         sizes = [self.integer(size) for size in match.sizes]
@@ -168,6 +182,10 @@ class GraphCalls:
         ranges = self._ranges(match, captures, sizes)
         both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout, *ranges)
         result = self.call(operator.getitem, both, 0)
+        for factor in match.factors:
+            other = self.value(factor.node)
+            other = self.view(other, factor.view, copy=True, shape=tuple(value_of(factor.node).shape))
+            result = self.call({"mul": torch.mul, "div": torch.div}[factor.name], result, other)
         return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
 
     def _ranges(self, match: Match, captures: list[fx.Node], sizes: list[Any]) -> tuple[fx.Node, ...]:
@@ -188,13 +206,16 @@ class GraphCalls:
             self.rewriter.tables[identity] = known
         return (known,)
 
-    def _seed(self, device: torch.device) -> fx.Node:
-        """A seed from torch's generator of a device: a node of its own, which CUDA graphs and checkpoints replay."""
-        return self.call(torch.randint, 2**63 - 1, (), dtype=torch.int64, device=device)
+    def _seed(self, node: fx.Node) -> fx.Node:
+        """The seed in the place of the random numbers that a node draws, from torch's generator of its device: a node of its own,
+        which CUDA graphs and checkpoints replay. Terms of a sum may share it."""
+        if node not in self.seeds:
+            self.seeds[node] = self.call(torch.randint, 2**63 - 1, (), dtype=torch.int64, device=value_of(node).device)
+        return self.seeds[node]
 
     def _capture(self, side: Input) -> fx.Node:
         if side.seed:
-            return self._seed(value_of(side.node).device)
+            return self._seed(side.node)
         if not is_tensor(side.node):
             return self.call(torch.scalar_tensor, self.scalar(side.node), dtype=torch.float32)
         node = self.value(side.node)
@@ -210,18 +231,20 @@ class GraphCalls:
 
     def view(self, node: fx.Node, view: View, *, copy: bool, shape: Sequence[Any] | None = None) -> fx.Node:
         """The steps of a view, without those that do nothing."""
-        in_place = view.order == tuple(range(len(view.order))) and not view.insert
+        in_place = view.order == tuple(range(len(view.order))) and not (view.insert or view.fixed)
         if in_place and shape is not None and _equal(shape, view.merge):
             return node
         if shape is None or not _equal(shape, view.split):
             node = self.method("view", node, [self.integer(size) for size in view.split])
+        for place, at in view.fixed:
+            node = self.method("select", node, place, at)
         if view.order != tuple(range(len(view.order))):
             node = self.method("permute", node, list(view.order))
         for place in view.insert:
             node = self.method("unsqueeze", node, place)
         if any(not isinstance(size, int) or size != -1 for size in view.expand):
             node = self.method("expand", node, [self.integer(size) for size in view.expand])
-        unmerged = [view.split[place] for place in view.order]
+        unmerged = [view.kept[place] for place in view.order]
         if view.insert or not _equal(unmerged, view.merge):
             node = self.method("reshape" if copy else "view", node, [self.integer(size) for size in view.merge])
         return node

@@ -15,7 +15,7 @@ class SiteRecord:
     `where` is the user's line (`model.py:88`), `path` the same with the whole path. `captures` are the user's names of
     the tensors that the score reads. `region` names the captured graph's nodes that were replaced or, of a refusal,
     those where the search started and stopped. `also_made`: "probabilities" or "scores" where the original code still
-    computes them because something else uses them.
+    computes them because something else uses them. `notes`: (word, text) about what was done around the kernel.
     """
 
     anchor: str
@@ -29,6 +29,7 @@ class SiteRecord:
     captures: tuple[str, ...] = ()
     region: tuple[str, ...] = ()
     also_made: str = ""
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def fused(self) -> bool:

@@ -94,6 +94,7 @@ def site_facts(site: SiteRecord) -> list[tuple[str, str]]:
         facts.append(("heads", _heads_text(dims)))
     if _ROWS[spec.empty_rows]:
         facts.append(("rows", _ROWS[spec.empty_rows]))
+    facts += site.notes
     facts.append(("kernel", kernel_text(site, spec)))
     if site.also_made:
         facts.append(("also", f"{site.also_made} are used elsewhere too; the original code still computes them"))

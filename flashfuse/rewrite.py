@@ -39,6 +39,7 @@ class Rewriter:
         self.tables: dict[tuple[Any, ...], fx.Node] = {}  # what decides a range table -> the node that makes it
         self.expanded: set[fx.Node] = set()
         self.drawn: set[fx.Node] = set()  # normal form nodes in whose place a seed was drawn
+        self.sums: dict[fx.Node, list[fx.Node] | Exception] = {}  # output that is a sum of attentions -> what came of it
         self.changed = False
 
     def finish(self) -> fx.GraphModule:
@@ -53,8 +54,24 @@ class Rewriter:
     def replace(self, match: Match) -> list[fx.Node]:
         """Put the op in the place of a match's output; returns the captured nodes that it stands for.
 
-        Raises Refused, and then leaves the graph as it was.
+        A match that is a term of a sum stands for all of them. Raises Refused, and then leaves the graph as it was.
         """
+        if match.terms:
+            return self._replace_once(match)
+        return self._replace(match)
+
+    def _replace_once(self, match: Match) -> list[fx.Node]:
+        if match.output not in self.sums:
+            try:
+                self.sums[match.output] = self._replace(match)
+            except Exception as error:
+                self.sums[match.output] = error
+        found = self.sums[match.output]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _replace(self, match: Match) -> list[fx.Node]:
         target, origin = self._place(match)
         at = self.form.times[origin.node] - 1
         builder = GraphCalls(self, target, at, match.anchor)
@@ -71,7 +88,7 @@ class Rewriter:
             target.replace_all_uses_with(result)
             self.replaced[origin.node] = result
         self.changed = True
-        self.drawn |= {side.node for side in match.captures if side.seed}
+        self.drawn |= {side.node for each in match.terms or (match,) for side in each.captures if side.seed}
         return self._erase(origin.node)
 
     def now(self, node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
 from flashfuse.patterns.sinks import is_ordinary, lift_sink, sink_program
 from flashfuse.patterns.softmax import Softmax
+from flashfuse.patterns.sums import Edge
 from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, rows_with_choices, weight_program, with_dropout
 from flashfuse.refusal import Refused
 
@@ -46,6 +49,15 @@ class Input:
     seed: bool = False
 
 
+@dataclass(frozen=True)
+class OutputFactor:
+    """A tensor that an output `[B, H, M, E]` is multiplied (`name` "mul") or divided by; `view` gives it four dimensions."""
+
+    name: str
+    node: fx.Node
+    view: View
+
+
 @dataclass
 class Match:
     """An attention: `output` (in the normal form) may be replaced by the spec's op on these inputs.
@@ -53,6 +65,9 @@ class Match:
     `anchor` holds the probabilities and `product` the raw scores, in the original code.
 
     `out_view` leads from the op's [B, H, M, E] result to the output's own layout.
+
+    `edges`: the sums between the softmax and the product. Then the output is the sum of several attentions, `terms`, of which
+    this is one: its own result times `scale` and `factors`.
     """
 
     anchor: fx.Node
@@ -67,6 +82,14 @@ class Match:
     out_view: View
     layout: str
     dims: dict[str, Any] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()
+    factors: tuple[OutputFactor, ...] = ()
+    terms: tuple[Match, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def scale(self) -> float:
+        """The number that this term of a sum is multiplied by."""
+        return math.prod(edge.scale for edge in self.edges)
 
 
 def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
@@ -150,7 +173,10 @@ def make_spec(
     _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
     captures = declared(lifter)
-    spec = AttentionSpec(program, captures, EmptyRows.EXACT, weight_program(weight), sink_program(sink))
+    narrow = value_of(frame.output).dtype in (torch.float16, torch.bfloat16)
+    spec = AttentionSpec(
+        program, captures, EmptyRows.EXACT, weight_program(weight), sink_program(sink), wide=bool(frame.edges) and narrow
+    )
     square = axes.same_size(
         axes.product([axis.size for axis in refined(roles.queries)]),
         axes.product([a.size for a in refined(frame.keys)]),
@@ -234,7 +260,8 @@ def assemble(
     return Match(
         anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
         tuple(Input(each.node, each.view, seed=each.seed) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
-        dims=_dims(views["query"], views["key"], views["value"]),
+        dims=_dims(views["query"], views["key"], views["value"]), edges=frame.edges,
+        factors=tuple(OutputFactor(f.name, f.tensor, lifter.positions.canonical(f.index)[0]) for f in frame.factors),
     )  # fmt: skip
 
 
@@ -293,3 +320,15 @@ def check_capabilities(match: Match, frame: Frame, lifter: Lifter) -> None:
             raise Refused("FF207", frame.product, f"head dim {size} in float32")
     if device not in ("cuda", "cpu"):
         raise Refused("FF208", frame.product, f"device {device}")
+
+
+def check_seeds(terms: Sequence[Match]) -> None:
+    """Refuse (FF401) terms of a sum that share random numbers but count elements differently."""
+    drawn = [{side.node for side in term.captures if side.seed} for term in terms]
+    for place, term in enumerate(terms):
+        for other, own in zip(terms[:place], drawn, strict=False):
+            if not own & drawn[place]:
+                continue
+            sizes = [axes.same_size(term.dims[letter], other.dims[letter]) for letter in "BHMN"]
+            if not all(sizes) or (term.out_view.split, term.out_view.order) != (other.out_view.split, other.out_view.order):
+                raise Refused("FF401", term.output, "dropout of a sum whose terms lie differently in memory")

@@ -21,13 +21,17 @@ _numbers = itertools.count()
 
 
 class Axis:
-    """One index variable. `parts` is set when a view has split it; use `refined` before reading a dimension."""
+    """One index variable. `parts` is set when a view has split it; use `refined` before reading a dimension.
 
-    __slots__ = ("name", "parts", "size")
+    `at`: the one position that is read, of an axis that is not run over (see `fixed`).
+    """
 
-    def __init__(self, name: str, size: Size) -> None:
+    __slots__ = ("at", "name", "parts", "size")
+
+    def __init__(self, name: str, size: Size, at: int | None = None) -> None:
         self.name = f"{name}{next(_numbers)}"
         self.size = size
+        self.at = at
         self.parts: tuple[Axis, ...] | None = None
 
     def __repr__(self) -> str:
@@ -76,6 +80,16 @@ def product(sizes: Sequence[Size]) -> Size:
 def fresh(name: str, size: Size) -> tuple[Axis, ...]:
     """A new dimension of one axis."""
     return () if is_one(size) else (Axis(name, size),)
+
+
+def fixed(size: Size, at: int) -> tuple[Axis, ...]:
+    """A dimension of which one position alone is read."""
+    return (Axis("f", size, at),)
+
+
+def free(dim: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The refined axes of a dimension that are run over."""
+    return tuple(axis for axis in refined(dim) if axis.at is None)
 
 
 def broadcast(index: Index, shape: Sequence[Size]) -> Index:
@@ -162,7 +176,10 @@ def _split(axis: Axis, major: Size) -> list[Axis]:
     minor = axis.size // major
     if not same_size(major * minor, axis.size) or is_one(major):
         raise LayoutError(f"axis of size {axis.size} does not split into {major} parts")
-    axis.parts = (Axis(axis.name, major), Axis(axis.name, minor))
+    if axis.at is not None and not isinstance(minor, int):
+        raise LayoutError("a position in an axis that is split in parts of unknown length")
+    at = (None, None) if axis.at is None else divmod(axis.at, minor)
+    axis.parts = (Axis(axis.name, major, at[0]), Axis(axis.name, minor, at[1]))
     return list(axis.parts)
 
 

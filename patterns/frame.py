@@ -18,9 +18,11 @@ from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
+from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.sinks import Cut, Sink, beside_sink, cut_of, find_sink
 from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
 from flashfuse.patterns.spellings import CASTS, ROWS
+from flashfuse.patterns.sums import Edge, Factor, edge_of, factors_behind
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
@@ -52,6 +54,14 @@ class Frame:
     operands: contraction.Operands
     query_first: bool
     score_dtype: torch.dtype
+    edges: tuple[Edge, ...] = ()  # the sums on the path
+    factors: tuple[Factor, ...] = ()  # what multiplies the output instead of the probabilities
+
+    @property
+    def held(self) -> frozenset[fx.Node]:
+        """Nodes of the path whose element is that of the node before: parts, sums, factors taken to the output."""
+        own = {*(edge.node for edge in self.edges), *(factor.node for factor in self.factors)}
+        return frozenset(own | {node for node in self.path if is_selection(node)})
 
 
 # ------------------------------------------------------------------------------------------------ down to the output
@@ -59,13 +69,17 @@ class Frame:
 
 @dataclass(frozen=True)
 class Way:
-    """From the softmax to an output: the nodes up to the product with the value, that product, and the output itself."""
+    """From the softmax to an output: the nodes up to the product with the value, that product, and the output itself.
+
+    With `edges`, the sums on the path, the output is a sum of several attentions' (see `patterns.sums`).
+    """
 
     path: tuple[fx.Node, ...]
     product: fx.Node
     output: fx.Node
     zeroing: frozenset[fx.Node] = frozenset()
     late: LateSum | None = None
+    edges: tuple[Edge, ...] = ()
 
 
 def find_ways(softmax: Softmax) -> list[Way]:
@@ -79,20 +93,23 @@ def find_ways(softmax: Softmax) -> list[Way]:
         raise Refused("FF101", softmax.anchor, "no product of its result with a value")
     ways: list[Way] = []
     strange: list[fx.Node] = []
-    pending: list[tuple[fx.Node, tuple[fx.Node, ...], frozenset[fx.Node]]] = [(softmax.anchor, (), frozenset())]
+    pending: list[tuple[fx.Node, tuple[fx.Node, ...], frozenset[fx.Node], tuple[Edge, ...]]]
+    pending = [(softmax.anchor, (), frozenset(), ())]
     while pending:
-        node, path, zeroes = pending.pop()
+        node, path, zeroes, edges = pending.pop()
         for user in node.users:
             if user.op == "output" or reads_only_metadata(user, node):
                 continue
             row = ROWS.get(user.target)
             if contraction.is_product(user):
-                if all(way.product is not user for way in ways):
-                    ways.append(Way(path, user, user, zeroes))
-            elif _zeroes_nan(user, node):
-                pending.append((user, (*path, user), zeroes | {user}))
-            elif row is not None and (row.index is not None or row.weighs or user.target in CASTS):
-                pending.append((user, (*path, user), zeroes))
+                if all((way.product, way.edges) != (user, edges) for way in ways):
+                    ways.append(Way(path, user, user, zeroes, edges=edges))
+            elif _zeroes_nan(user, node) and not edges:
+                pending.append((user, (*path, user), zeroes | {user}, edges))
+            elif is_selection(user) or (row is not None and (row.index is not None or row.weighs or user.target in CASTS)):
+                pending.append((user, (*path, user), zeroes, edges))
+            elif edge_of(user, node) is not None and leads_to_product(user):
+                pending.append((user, (*path, user), zeroes, (*edges, edge_of(user, node))))  # type: ignore[arg-type]
             else:
                 strange.append(user)
     if not ways and not strange:
@@ -156,7 +173,8 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     index = second.left_index if left else second.right_index
     path_index: list[Index] = []
     cut: Cut | None = None
-    for node, before in zip(reversed(way.path), reversed((source, *way.path[:-1])), strict=False):
+    befores = (source, *way.path[:-1])
+    for node, before in zip(reversed(way.path), reversed(befores), strict=False):
         path_index.insert(0, index)
         cuts = None if cut is not None else cut_of(node, index, second.summed)
         if cut is not None and cut.start and node.target in ROWS and ROWS[node.target].weighs:
@@ -170,7 +188,7 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     sink = find_sink(softmax, cut, shifts, index)
     scores = softmax.scores if sink is None else sink.scores
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
-    rows = tuple(dim for place, dim in enumerate(index) if place != softmax.dim)
+    rows = tuple(axes.free(dim) for place, dim in enumerate(index) if place != softmax.dim)  # type: ignore[arg-type]
     chosen = _choose(find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1], flow)
     first, query_first = chosen.operands, chosen.query_first
     sides = [(first.left, first.left_index), (first.right, first.right_index)]
@@ -185,7 +203,8 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
         key=tuple(peel(*key, flow, linear=True)),
         value=tuple(peel(*value, flow, linear=False)),
         scores=scores, sink=sink, score_index=index, shifts=shifts, operands=first, query_first=query_first,
-        score_dtype=value_of(chosen.product).dtype,
+        score_dtype=value_of(chosen.product).dtype, edges=way.edges,
+        factors=factors_behind(way.path, befores, path_index, second.summed) if way.edges else (),
     )  # fmt: skip
 
 
@@ -244,6 +263,8 @@ def _only_a_product(found: contraction.Operands, node: fx.Node) -> None:
 
 
 def _through(node: fx.Node, before: fx.Node, index: Index) -> Index:
+    if is_selection(node):
+        return operand_index(node, index)
     row = ROWS.get(node.target)
     if row is None or row.index is None:
         if not value_of(node).dtype.is_floating_point:
@@ -270,8 +291,9 @@ def find_products(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> list[tuple
         if contraction.is_product(node):
             products.append(node)
             stack.extend(_added(node))
-        elif node.target in ROWS:
-            stack.extend([shifts[node]] if node in shifts else [each for each in node.all_input_nodes if is_tensor(each)])
+        elif node.target in ROWS or is_selection(node):
+            above = [each for each in node.all_input_nodes if is_tensor(each) or is_selection(each)]
+            stack.extend([shifts[node]] if node in shifts else above)
         else:
             stopped.append(node)
     if not products:
@@ -314,7 +336,7 @@ def _between(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> frozenset
     stack = [product]
     while stack:
         node = stack.pop()
-        if node in forward or node not in seen or (node is not product and node.target not in ROWS):
+        if node in forward or node not in seen or not (node is product or node.target in ROWS or is_selection(node)):
             continue
         forward.add(node)
         stack.extend(node.users)
@@ -337,12 +359,12 @@ def _index_at(
             found += [] if _same_index(seen[node], own) else [own, seen[node]]
             continue
         seen[node] = own
-        row = ROWS[node.target]
+        row = ROWS.get(node.target)
         for argument in [shifts[node]] if node in shifts else node.all_input_nodes:
             if argument is not product and argument not in carriers:
                 continue
-            if row.index is not None:
-                stack.append((argument, row.index(None, bind(node, row.reads), own)))
+            if is_selection(node) or (row is not None and row.index is not None):
+                stack.append((argument, operand_index(node, own)))
             else:
                 stack.append((argument, axes.broadcast(own, shape(argument))))
     if not all(_same_index(each, found[0]) for each in found):

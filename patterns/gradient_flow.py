@@ -30,7 +30,13 @@ class GradientFlow:
         """Whether a value has no gradient although it is computed from one that has (`detach`, `no_grad`)."""
         if not _is_float(node) or self.needed(node):
             return False
-        return any(_is_float(argument) and self.needed(argument) for argument in node.all_input_nodes)
+        return any(_is_float(argument) and self.needed(argument) for argument in _tensors_of(node))
+
+
+def _tensors_of(node: fx.Node) -> list[fx.Node]:
+    """What a node is computed from; behind a call with several results, what that is computed from."""
+    found = [[each] if is_tensor(each) else each.all_input_nodes for each in node.all_input_nodes]
+    return [tensor for each in found for tensor in each]
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -100,8 +100,9 @@ def _pass_scale(stage: Stage, call: Any) -> Stage | None:
 class View:
     """How a tensor becomes its canonical form by views alone.
 
-    `split` (view to one dimension an axis), `order` (permutation), `expand` (sizes, -1 to keep; new axes have been
-    inserted with size 1 by `insert`), `merge` (the canonical sizes, reached by a view).
+    `split` (view to one dimension an axis), `fixed` ((dimension, position): selections, the last dimension first), `order`
+    (permutation of the rest), `expand` (sizes, -1 to keep; new axes have been inserted with size 1 by `insert`), `merge` (the
+    canonical sizes, reached by a view).
     """
 
     split: tuple[Size, ...]
@@ -109,10 +110,20 @@ class View:
     insert: tuple[int, ...]
     expand: tuple[Size, ...]
     merge: tuple[Size, ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def kept(self) -> tuple[Size, ...]:
+        """The sizes of `split` without those of the dimensions that are fixed."""
+        gone = {place for place, _at in self.fixed}
+        return tuple(size for place, size in enumerate(self.split) if place not in gone)
 
     def apply(self, tensor: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
         """The canonical form. Raises RuntimeError if it is no view, unless a copy is allowed."""
-        result = tensor.view(self.split).permute(self.order)
+        result = tensor.view(self.split)
+        for place, at in self.fixed:
+            result = result.select(place, at)
+        result = result.permute(self.order)
         for place in self.insert:
             result = result.unsqueeze(place)
         result = result.expand(self.expand)
@@ -120,11 +131,13 @@ class View:
 
 
 def canonical_view(index: Index, groups: Sequence[Sequence[Axis]]) -> View:
-    """The view from a tensor with this index to one dimension a group; axes that it lacks are expanded (stride 0).
+    """The view from a tensor with this index to one dimension a group; axes that it lacks are expanded (stride 0), fixed ones
+    selected.
 
     Raises LayoutError if the tensor has an axis that no group has, or one twice.
     """
-    own = [axis for dim in index for axis in refined(dim)]  # type: ignore[arg-type]
+    whole = [axis for dim in index for axis in refined(dim)]  # type: ignore[arg-type]
+    own = [axis for axis in whole if axis.at is None]
     wanted = [axis for group in groups for axis in refined(group)]
     if len(set(own)) != len(own):
         raise LayoutError("an axis occurs twice (a diagonal)")
@@ -132,11 +145,12 @@ def canonical_view(index: Index, groups: Sequence[Sequence[Axis]]) -> View:
         raise LayoutError(f"axes {[a for a in own if a not in wanted]} have no place in the canonical layout")
     present = [axis for axis in wanted if axis in own]
     return View(
-        split=tuple(axis.size for axis in own),
+        split=tuple(axis.size for axis in whole),
         order=tuple(own.index(axis) for axis in present),
         insert=tuple(place for place, axis in enumerate(wanted) if axis not in own),
         expand=tuple(-1 if axis in own else axis.size for axis in wanted),
         merge=tuple(axes.product([axis.size for axis in refined(group)]) for group in groups),
+        fixed=tuple((place, axis.at) for place, axis in reversed(list(enumerate(whole))) if axis.at is not None),
     )
 
 
@@ -144,7 +158,7 @@ def is_viewable(stage: Stage, view: View) -> bool:
     """Whether the view needs no copy, tried on the stage's fake tensor, once for all layers that are alike."""
     fake = value_of(stage.node)
     known = _viewable.setdefault(fake.fake_mode, {})
-    key = (kind_of(fake), view.order, view.insert, *map(sizes_key, (view.split, view.expand, view.merge)))
+    key = (kind_of(fake), view.order, view.insert, view.fixed, *map(sizes_key, (view.split, view.expand, view.merge)))
     if key not in known:
         known[key] = _applies(view, fake)
     return known[key]

@@ -26,6 +26,7 @@ from flashfuse.patterns.axes import Axis, Dim, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View, canonical_view
+from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.spellings import CREATIONS, ROWS
 from flashfuse.refusal import Refused
 
@@ -187,6 +188,8 @@ class Lifter:
 
     def _by_row(self, node: fx.Node, index: Index) -> Value:
         row = ROWS.get(node.target)
+        if node in self.carriers and is_selection(node):
+            return self.lift(node.args[0], operand_index(node, index))  # type: ignore[arg-type]
         if row is None:
             raise Refused("FF401", node, describe(node))
         call = bind(node, row.reads)
@@ -316,6 +319,8 @@ class Lifter:
 
     def _run_position(self, letter: str, start: int, run: tuple[Axis, ...]) -> Value:
         """The position in a run of neighbouring axes of one canonical index."""
+        if run[0].at is not None:
+            return self.size(run[0].at)
         if not letter:
             raise Refused("FF204", self.product, f"an axis of size {run[0].size} that is no axis of the scores")
         value = self.builder.leaf("index", letter)

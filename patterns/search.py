@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import fx
 
-from flashfuse.patterns.attention import Match, read_softmax
+from flashfuse.patterns.attention import Match, check_seeds, read_softmax
 from flashfuse.patterns.axes import LayoutError
 from flashfuse.patterns.calls import is_tensor
 from flashfuse.patterns.contraction import is_product
-from flashfuse.patterns.frame import find_ways
+from flashfuse.patterns.frame import Way, find_ways
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.score_cone import describe, user_line
 from flashfuse.patterns.sdpa import SDPA, read_sdpa
 from flashfuse.patterns.softmax import recognise
+from flashfuse.patterns.sums import check_terms
 from flashfuse.refusal import Refusal, Refused
 
 log = logging.getLogger("flashfuse")
@@ -48,37 +49,72 @@ def find_attention(
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
     """
     flow = GradientFlow(requires_grad, overwritten)
-    return [
-        Site(node, user_line(node), found)
-        for node in graph.nodes
-        if node.op == "call_function"
-        for found in _read_safely(node, flow, sdpa)
-    ]
+    found = [each for node in graph.nodes if node.op == "call_function" for each in _read_safely(node, flow, sdpa)]
+    return [Site(each.anchor, user_line(each.anchor), each.found) for each in _with_sums(found)]
 
 
-def _read_safely(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]:
+@dataclass(frozen=True)
+class _Read:
+    """What one softmax is, on its way to one output."""
+
+    anchor: fx.Node
+    found: Match | Refusal
+    way: Way | None = None
+
+
+def _with_sums(found: list[_Read]) -> list[_Read]:
+    """Terms of one sum know of each other, or are all left alone."""
+    sums: dict[fx.Node, list[_Read]] = {}
+    for each in found:
+        if each.way is not None and each.way.edges:
+            sums.setdefault(each.way.product, []).append(each)
+    joined = {id(each): each.found for each in found}
+    for product, terms in sums.items():
+        also = [each for each in found if each.way is not None and each.way.product is product and not each.way.edges]
+        joined |= {id(term): outcome for term, outcome in zip(terms, _joined(terms, also), strict=True)}
+    return [replace(each, found=joined[id(each)]) for each in found]
+
+
+def _joined(terms: list[_Read], also: list[_Read]) -> list[Match | Refusal]:
+    ways = [each.way.edges for each in (*terms, *also) if each.way is not None]
+    matches = [term.found for term in terms if isinstance(term.found, Match)]
+    try:
+        check_terms(ways)
+        if len(matches) == len(terms):
+            check_seeds(matches)
+    except Refused as refused:
+        return [refusal(term.anchor, refused) for term in terms]
+    if len(matches) == len(terms):
+        return [replace(match, terms=tuple(matches)) for match in matches]
+    failed = next(term.found for term in terms if isinstance(term.found, Refusal))
+    last = ways[0][-1].node
+    why = Refused("FF401", last, f"{describe(last)} on probabilities of which some are left alone ({failed.code} {failed.found})")
+    return [term.found if isinstance(term.found, Refusal) else refusal(term.anchor, why) for term in terms]
+
+
+def _read_safely(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[_Read]:
     """`_read`; a failure of flashfuse itself costs this one node (FF501), not the graph."""
     try:
         return _read(node, flow, sdpa)
     except Exception as error:
         log.info("a node could not be read", exc_info=True)
-        return [refusal(node, Refused("FF501", node, f"{type(error).__name__}: {error}"))]
+        return [_Read(node, refusal(node, Refused("FF501", node, f"{type(error).__name__}: {error}")))]
 
 
-def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[Match | Refusal]:
+def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[_Read]:
     """What a node is: nothing for most nodes, and one entry for each output of a softmax."""
     if node.target in _OPAQUE:
-        return [refusal(node, Refused("FF103", node, describe(node)))]
+        return [_Read(node, refusal(node, Refused("FF103", node, describe(node))))]
     if node.target is SDPA:
-        return [_guarded(node, lambda: _read_sdpa(node, flow, sdpa))]
+        return [_Read(node, _guarded(node, lambda: _read_sdpa(node, flow, sdpa)))]
     try:
         softmax = recognise(node)
         if softmax is None:
             return []
         ways = find_ways(softmax)
     except Refused as refused:
-        return [refusal(node, refused)]
-    return [_guarded(node, partial(read_softmax, softmax, way, flow)) for way in ways]
+        return [_Read(node, refusal(node, refused))]
+    return [_Read(node, _guarded(node, partial(read_softmax, softmax, way, flow)), way) for way in ways]
 
 
 def _read_sdpa(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match:

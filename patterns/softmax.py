@@ -22,6 +22,7 @@ from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape
 from flashfuse.patterns.exponential import exponent, exponential_nodes
+from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
@@ -77,7 +78,7 @@ def leads_to_product(node: fx.Node) -> bool:
         if contraction.is_product(user):
             return True
         same_shape = is_tensor(user) and len(shape(user)) == len(shape(node)) and shape(user) == shape(node)
-        if user.target in ROWS or same_shape:
+        if user.target in ROWS or same_shape or is_selection(user):
             stack.extend(user.users)
     return False
 
@@ -304,7 +305,7 @@ def row_shifts(softmax: Softmax, index: Index, keys: tuple[Axis, ...]) -> dict[f
         row = ROWS[node.target]
         following: Any = None
         if row.index is not None:
-            following, own = node.args[0], row.index(None, bind(node, row.reads), own)
+            following, own = node.args[0], operand_index(node, own)
         elif node.target in CASTS:
             following = node.args[0]
         elif node.target in (aten.sub.Tensor, aten.add.Tensor):

@@ -16,7 +16,7 @@ from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.ir.weight import is_proportional, vanishes, zero_choices
-from flashfuse.patterns.axes import Index, refined
+from flashfuse.patterns.axes import Index, free, refined
 from flashfuse.patterns.frame import Frame, reads_only_metadata
 from flashfuse.patterns.score_cone import Captured, Lifter, describe, folded
 from flashfuse.refusal import Refused
@@ -33,6 +33,9 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
     lifter.hold(frame.probabilities, frame.score_index, plain)
     lifter.carriers |= set(frame.path)
     for before, node, index in zip((frame.probabilities, *frame.path), frame.path, frame.path_index, strict=False):
+        if node in frame.held:
+            lifter.hold(node, index, value)
+            continue
         if node in frame.passing:
             lifter.shifts = {**lifter.shifts, node: before}
         value = lifter.lift(node, index)
@@ -53,7 +56,7 @@ def with_dropout(
         return value
     if rate == 1:
         return value * 0.0
-    own = {axis for dim in index if not isinstance(dim, Value) for axis in refined(dim)}
+    own = {axis for dim in index if not isinstance(dim, Value) for axis in free(dim)}
     whole = {axis for group in lifter.positions.groups.values() for axis in refined(group)}
     if node not in path or own != whole:
         raise Refused("FF401", node, "random numbers that are not drawn for each probability")

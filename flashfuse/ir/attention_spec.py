@@ -21,6 +21,8 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+import torch
+
 from flashfuse.errors import InternalError
 from flashfuse.ir import mask, ranges
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
@@ -56,7 +58,8 @@ class Capture:
 class AttentionSpec:
     """See the module's text. Frozen and hashable; equality ignores the user's source lines.
 
-    `weight` is a program of the leaf `probability`, proportional to it; `sink` one of b, h and m alone.
+    `weight` is a program of the leaf `probability`, proportional to it; `sink` one of b, h and m alone. `wide`: the output is
+    float32 whatever the value's dtype, since it is one of several that are summed.
     """
 
     score: ScoreProgram
@@ -64,6 +67,11 @@ class AttentionSpec:
     empty_rows: EmptyRows = EmptyRows.EXACT
     weight: ScoreProgram | None = None
     sink: ScoreProgram | None = None
+    wide: bool = False
+
+    def out_dtype(self, value: torch.dtype) -> torch.dtype:
+        """The output's dtype, given the value's."""
+        return torch.promote_types(value, torch.float32) if self.wide else value
 
     @property
     def programs(self) -> dict[str, ScoreProgram]:
@@ -162,6 +170,7 @@ class AttentionSpec:
                 **{name: to_json(program) for name, program in self.programs.items()},
                 "captures": [[c.name, c.kind.value, c.rank] for c in self.captures],
                 "empty_rows": self.empty_rows.value,
+                **({"wide": True} if self.wide else {}),
             },
             separators=(",", ":"),
         )
@@ -195,7 +204,8 @@ def from_text(text: str) -> AttentionSpec:
         raise InternalError(f"spec of format {value.get('flashfuse')}, this flashfuse reads {FORMAT}")
     captures = tuple(Capture(name, Kind(kind), rank) for name, kind, rank in value["captures"])
     weight, sink = (from_json(value[name]) if name in value else None for name in ("weight", "sink"))
-    spec = AttentionSpec(from_json(value["score"]), captures, EmptyRows(value["empty_rows"]), weight, sink)
+    rows, wide = EmptyRows(value["empty_rows"]), value.get("wide", False)
+    spec = AttentionSpec(from_json(value["score"]), captures, rows, weight, sink, wide)
     spec.verify()
     return spec
 

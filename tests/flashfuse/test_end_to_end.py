@@ -82,7 +82,7 @@ def test_fused_spelling_equals_eager(entry: Spelling, dynamic: bool):
     ours = run(compiled, inputs, entry.gradients, torch.float32)
     fused, refused = counts()
     assert refused == 0
-    assert fused == 1 or dynamic  # Dynamo may capture twice when it finds that a Python float must be specialised
+    assert fused == entry.sites or dynamic  # Dynamo may capture twice when it finds that a Python float must be specialised
     eager = run(entry.function, inputs, entry.gradients, torch.float32)
     assert_within_twice(ours, eager, reference(entry.exact or entry.function, inputs, entry.gradients))
 
@@ -92,7 +92,7 @@ def test_near_miss_is_left_alone_and_right(entry: NearMiss):
     inputs = entry.inputs()
     compiled = torch.compile(entry.function, backend="flashfuse", options=INNER)
     ours = compiled(*[t.clone() for t in inputs])
-    assert counts() == (0, 1)
+    assert counts() == (0, entry.sites)
     eager = entry.function(*[t.clone() for t in inputs])
     torch.testing.assert_close(ours, eager, equal_nan=True)
 

@@ -13,12 +13,13 @@ import zoo_layouts
 import zoo_scores
 import zoo_sinks
 import zoo_softmax
+import zoo_sums
 import zoo_weights
 from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spelling, near_miss, qkv, spelling
 
 __all__ = [
     "NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv",
-    "zoo_layouts", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_weights",
+    "zoo_layouts", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_sums", "zoo_weights",
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ scale in every place

@@ -27,7 +27,7 @@ class Spelling:
     """`score`, `keeps`, `weight`, `sink`: the expected formulas (None: there is none).
 
     `gradients`: which inputs are differentiated. `exact`: the same attention without narrow dtypes written into the code, for a
-    float64 reference.
+    float64 reference. `sites`: how many attentions it holds, all of which read as this says.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Spelling:
     exact: Callable[..., torch.Tensor] | None = None
     weight: str | None = None
     sink: str | None = None
+    sites: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class NearMiss:
     code: str
     twin: str
     inputs: Callable[[], tuple[Any, ...]] = qkv
+    sites: int = 1
 
 
 SPELLINGS: list[Spelling] = []
