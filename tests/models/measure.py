@@ -13,12 +13,14 @@ and the model is reported as ill-conditioned (routers that pick experts by `topk
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -129,6 +131,8 @@ Named = dict[str, Tensor]
 def run(module: nn.Module, inputs: dict[str, Any], mode: Mode, call: Callable[..., Any] | None = None) -> Named:
     """All floating-point outputs by name, and in training the gradient of every parameter."""
     torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)  # what speech models mask in training
     with torch.set_grad_enabled(mode.training):
         outputs = dict(named_tensors((module if call is None else call)(**inputs)))
     if not mode.training:
