@@ -3,6 +3,10 @@
 B*S = 16384, hidden 2048, bf16. Kernels are compiled in parallel processes first. Milliseconds, spilled registers.
 
     python benchmarks/kernel_tiles.py [--head-dims 64,128] [--masks causal,sliding,document] [--length 4096] [--out kernel_tiles]
+        [--kernels grad_key_value] [--tiles 32,32,4,2:32,128,8,2,split]
+
+A tile is queries, keys, warps, stages; `split` is dK and dV by a launch each, `always` masks every block. The gradients
+of every tile are compared with the first's.
 """
 
 from __future__ import annotations
@@ -44,8 +48,17 @@ def spec_of(mask: str) -> AttentionSpec:
     return AttentionSpec(b.program(score), captures, EmptyRows.IMPOSSIBLE)
 
 
-def attempts(mask: str, head_dim: int, length: int):
-    """(kernel, tile, function that launches it) for all candidates; the tensors are shared."""
+def named_tiles(words: str, kernel: str) -> list[Tile]:
+    """The tiles given on the command line, or the usual ones with and without a branch."""
+    if not words:
+        return [Tile(*sizes, branch=branch) for sizes, branch in itertools.product(TILES[kernel], (True, False))]
+    parts = [word.split(",") for word in words.split(":")]
+    return [Tile(*(int(n) for n in part[:4]), branch="always" not in part, split="split" in part) for part in parts]
+
+
+def attempts(mask: str, head_dim: int, options: argparse.Namespace):
+    """(kernel, tile, function that launches it and returns what it computed) for all candidates."""
+    length = options.length
     torch.manual_seed(0)
     batch, heads = 16384 // length, 2048 // head_dim
     q, k, v, do = (torch.randn(batch, heads, length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -55,14 +68,16 @@ def attempts(mask: str, head_dim: int, length: int):
     call = launch.Call(spec, q, k, v, captures, [])
     call.out, call.grad_out, call.stats, call.delta = out, do, stats, torch.zeros_like(stats[0])
     no_captures = capture_gradients(call, [])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     launchers = {
-        "forward": lambda tile: launch._forward(call, tile, out, stats, low=False),
-        "grad_query": lambda tile: launch._grad_query(call, tile, torch.empty_like(q), no_captures, low=False),
-        "grad_key_value": lambda tile: launch._grad_key_value(call, tile, torch.empty_like(k), torch.empty_like(v), None),
+        "forward": (lambda tile: launch._forward(call, tile, out, stats, low=False), [out]),
+        "grad_query": (lambda tile: launch._grad_query(call, tile, dq, no_captures, low=False), [dq]),
+        "grad_key_value": (lambda tile: launch._grad_key_value(call, tile, dk, dv, None), [dk, dv]),
     }
-    for kernel, launcher in launchers.items():
-        for sizes, branch in itertools.product(TILES[kernel], (True, False)):
-            yield kernel, Tile(*sizes, branch=branch), launcher
+    launchers["grad_query"][0](Tile(64, 32, 4, 2))  # makes delta
+    for kernel in options.kernels.split(","):
+        for tile in named_tiles(options.tiles, kernel):
+            yield kernel, tile, *launchers[kernel]
 
 
 def whole(mask: str, head_dim: int, length: int):
@@ -82,12 +97,12 @@ def whole(mask: str, head_dim: int, length: int):
         yield direction, triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
 
 
-def compile_share(cases: list[tuple[str, int]], length: int, share: int, shares: int) -> None:
+def compile_share(cases: list[tuple[str, int]], options: argparse.Namespace, shares: int) -> None:
     """Run every `shares`-th candidate once, so that its binary is in Triton's cache."""
     place = itertools.count()
     for mask, head_dim in cases:
-        for _kernel, tile, launcher in attempts(mask, head_dim, length):
-            if next(place) % shares == share:
+        for _kernel, tile, launcher, _results in attempts(mask, head_dim, options):
+            if next(place) % shares == options.share:
                 try:
                     launcher(tile)
                 except Exception as error:
@@ -99,13 +114,15 @@ def main() -> None:
     parser.add_argument("--head-dims", default="64,128")
     parser.add_argument("--masks", default="causal,sliding,document")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--kernels", default=",".join(TILES))
+    parser.add_argument("--tiles", default="")
     parser.add_argument("--out", default="kernel_tiles")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = [(mask, int(dim)) for dim in options.head_dims.split(",") for mask in options.masks.split(",")]
     shares = max(1, (os.cpu_count() or 2) - 2)
     if options.share is not None:
-        compile_share(cases, options.length, options.share, shares)
+        compile_share(cases, options, shares)
         return
     workers = [subprocess.Popen([sys.executable, *sys.argv, "--share", str(share)]) for share in range(shares)]
     for worker in workers:
@@ -119,14 +136,18 @@ def time_all(cases: list[tuple[str, int]], options: argparse.Namespace) -> None:
     results = ResultFile(options.out, "cuda", length=options.length, dtype="torch.bfloat16")
     for mask, head_dim in cases:
         found: dict[str, list[tuple[float, str]]] = {}
-        for kernel, tile, launcher in attempts(mask, head_dim, options.length):
+        expected: dict[str, list[torch.Tensor]] = {}
+        for kernel, tile, launcher, computed in attempts(mask, head_dim, options):
             name = f"{tile.block_m},{tile.block_n},{tile.warps},{tile.stages}{'' if tile.branch else ' always'}"
+            name += " split" if tile.split else ""
             row = {"mask": mask, "head_dim": head_dim, "kernel": kernel, "tile": name}
             try:
                 compiled = launcher(tile)
-                row["spills"] = int(getattr(compiled, "n_spills", 0) or 0)
+                row["spills"] = launch.spills(compiled)
+                first = expected.setdefault(kernel, [each.clone() for each in computed])
+                row["difference"] = max(float((x.float() - y.float()).abs().max()) for x, y in zip(computed, first, strict=True))
                 row["ms"] = triton.testing.do_bench(lambda: launcher(tile), warmup=5, rep=25, return_mode="median")  # noqa: B023
-                found.setdefault(kernel, []).append((row["ms"], f"{name} s{row['spills']}"))
+                found.setdefault(kernel, []).append((row["ms"], f"{name} s{row['spills']} e{row['difference']:.0e}"))
             except Exception as error:  # a tile that does not fit is a result too
                 row["error"] = f"{type(error).__name__}: {str(error)[:100]}"
             results.add(row)

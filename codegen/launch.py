@@ -25,8 +25,6 @@ from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, Atte
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_MAX_SPILLS = 48  # 32-bit registers a thread: fewer cost less than a smaller tile
-
 _chosen: dict[tuple[Any, ...], int] = {}  # which candidate of a plan suits
 
 
@@ -244,16 +242,16 @@ class Call(Launches):
             return
         best: tuple[int, int] | None = None  # (spills, number)
         for number, tile in enumerate(tiles):
+            if best is not None and (best[0] <= plan.bearable(tile) or not repeatable):
+                break
             try:
                 compiled = attempt(tile)
             except OutOfResources:
                 if number + 1 == len(tiles) and best is None:
                     raise
                 continue
-            spills = int(getattr(compiled, "n_spills", 0) or 0)
-            best = min(best or (spills, number), (spills, number))
-            if spills <= _MAX_SPILLS or not repeatable:
-                break
+            found = (spills(compiled), number)
+            best = min(best or found, found)
         if best is not None and repeatable:
             _chosen[identity] = best[1]
 
@@ -282,6 +280,11 @@ def _precision(query: Tensor) -> str:
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee" if interpreting() else "bf16x6"
+
+
+def spills(compiled: Any) -> int:
+    """Registers that a thread of a compiled kernel spills; the interpreter has none."""
+    return int(getattr(compiled, "n_spills", 0) or 0)
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -322,16 +325,21 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
 
 
 def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
+    """The compiled kernel; of two, the one that spills more."""
     table = call.table
-    return call.start(
-        "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
-        grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
-        *call.shape, call.plane, call.B * call.H * call.N,
-        TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None,
-        **call.constants, BRANCH=tile.branch, **_options(tile),
-    )  # fmt: skip
+    compiled = [
+        call.start(
+            "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
+            call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
+            grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
+            *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
+            *call.shape, call.plane, call.B * call.H * call.N,
+            TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None,
+            **call.constants, BRANCH=tile.branch, KEY="k" in wanted, VALUE="v" in wanted, **_options(tile),
+        )
+        for wanted in (("k", "v") if tile.split else ("kv",))
+    ]  # fmt: skip
+    return max(compiled, key=spills)
 
 
 def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:

@@ -3,7 +3,8 @@
 The first candidate of a row is the default; the others follow in the order in which to try them where a kernel exceeds
 shared memory or spills many registers. Rows of sm_90 with 2 bytes an element were measured on an H100
 (`benchmarks/results/kernel_tiles.json`): small tiles on four warps win, with and without a mask, since several blocks
-then share a multiprocessor and hide each other's softmax. Other rows compile without spills.
+then share a multiprocessor and hide each other's softmax. Other rows were chosen by what ptxas makes of them
+(`benchmarks/static_filter.py`); each has candidates for the 99 KiB of shared memory of sm_86 and sm_89.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class Tile:
     """One kernel's choices: rows of queries and of keys in a tile, warps, and stages of the software pipeline.
 
     `branch`: mask only the blocks that need it, by a branch in the loop; without it every block is masked, which costs
-    instructions and saves what the branch does to the pipeline.
+    instructions and saves what the branch does to the pipeline. `split`: one launch for the key's gradient and another
+    for the value's, which recomputes the scores and leaves registers for larger tiles.
     """
 
     block_m: int
@@ -25,6 +27,7 @@ class Tile:
     warps: int
     stages: int
     branch: bool = True
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class KernelPlan:
     grad_key_value: tuple[Tile, ...]
     grad_capture: tuple[Tile, ...]
     decode: tuple[Tile, ...]  # `block_m` is the least
+    spills: int = 0
+
+    def bearable(self, tile: Tile) -> int:
+        """How many registers a thread of an earlier candidate's kernel may spill before this one is tried."""
+        return _LAST_SPILLS if tile in _LAST else self.spills
 
 
 _T = Tile
@@ -75,8 +83,8 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
     ("sm_90", 4, 256): ((_T(64, 16, 8, 1),), (_T(16, 16, 4, 1),), (_T(16, 16, 4, 1),)),
     ("sm_80", 2, 64): (
         (_T(128, 64, 4, 3), _T(64, 64, 4, 3)),
-        (_T(64, 64, 4, 2),),
-        (_T(32, 128, 8, 2), _T(64, 64, 8, 1), _T(64, 32, 4, 2)),
+        (_T(64, 64, 4, 2), _T(64, 32, 4, 3)),
+        (_T(32, 128, 8, 2), _T(32, 128, 8, 1), _T(16, 64, 4, 3)),
     ),
     ("sm_80", 2, 128): (
         (_T(128, 64, 8, 3), _T(64, 64, 4, 2)),
@@ -84,9 +92,9 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
         (_T(64, 64, 8, 1), _T(32, 64, 4, 2)),
     ),
     ("sm_80", 2, 256): (
-        (_T(128, 32, 8, 2), _T(64, 32, 4, 2)),
-        (_T(64, 32, 8, 2),),
-        (_T(32, 64, 8, 2), _T(16, 64, 8, 2)),
+        (_T(128, 32, 8, 2), _T(64, 32, 4, 2), _T(64, 16, 4, 2)),
+        (_T(64, 32, 8, 2), _T(64, 32, 8, 1), _T(64, 16, 8, 2)),
+        (_T(32, 64, 8, 2), _T(32, 32, 8, 2), _T(16, 32, 4, 2)),
     ),
     ("sm_80", 2, 512): (
         (_T(64, 32, 8, 2), _T(32, 32, 4, 2), _T(16, 32, 4, 1)),
@@ -102,6 +110,8 @@ _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
 _GRAD_CAPTURE = (_T(64, 64, 8, 1),)
 _GRAD_CAPTURE_512 = (_T(64, 32, 8, 1), _T(16, 16, 8, 1))
 _DECODE = (_T(16, 64, 4, 3), _T(16, 32, 4, 2), _T(16, 16, 4, 1))
+_LAST_SPILLS = 48  # registers a thread
+_SPILLS = {"sm_90": 48, "sm_80": 0}  # measured on an H100: 28 cost less than a smaller tile
 _INTERPRETER = KernelPlan((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),), (_T(16, 32, 1, 1),))
 
 
@@ -116,7 +126,7 @@ def kernel_plan(
     if capability is None:
         return _INTERPRETER
     bucket = next(size for size in (64, 128, 256, 512) if head_dim <= size)
-    identity = ("sm_90" if capability[0] == 9 else "sm_80", itemsize, bucket)
-    forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[identity])
+    architecture = "sm_90" if capability[0] == 9 else "sm_80"
+    forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[(architecture, itemsize, bucket)])
     grad_capture = _GRAD_CAPTURE_512 if bucket == 512 else _GRAD_CAPTURE
-    return KernelPlan(forward, grad_query, grad_key_value, grad_capture + _LAST, _DECODE)
+    return KernelPlan(forward, grad_query, grad_key_value, grad_capture + _LAST, _DECODE, _SPILLS[architecture])

@@ -244,11 +244,11 @@ def descend_queries(
     b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr,
-    PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
 
-    MASKED and EVEN as in `attend`.
+    KEY, VALUE: which of the two to compute; column sums come with the key's. MASKED and EVEN as in `attend`.
     """
     for first in tl.range(lo, hi, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
@@ -273,13 +273,15 @@ def descend_queries(
             else:
                 x = masked(x, b, h, m, n, inside_m, inside_n, inside_m, M, N, inputs, MASKED)
         p = probability(x, lse[None, :], shift[None, :], SHIFTED)
-        pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[None, :])
-        ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        if SUMS:
+        if VALUE:
+            pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            dv = tl.dot(pv.to(do.dtype), do, dv, input_precision=PRECISION)
+        if KEY:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[None, :])
+            ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if SUMS and KEY:
             kept = inside_m
             if MASKED:
                 kept = inside_m & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
@@ -330,9 +332,12 @@ def flashfuse_grad_key_value(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
+    BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,)."""
+    """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,).
+
+    KEY: compute grad_key and partial; VALUE: compute grad_value. Large head dims take a launch for each.
+    """
     blocks = tl.cdiv(N, BLOCK_N)
     groups = H // GROUP
     pair = tl.program_id(0) // blocks
@@ -371,12 +376,14 @@ def flashfuse_grad_key_value(
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
             lo, hi, full_lo, full_hi, b, h, n, inside_n, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH, KEY, VALUE,
         )  # fmt: skip
-        if SUMS:
+        if SUMS and KEY:
             store_column_sums(sums, partial + head * N + column, sum_plane, inside)
-    store_tile(grad_key, dk_n, dk * SCALE, inside, D, BLOCK_N, D_PAD)
-    store_tile(grad_value, dv_n, dv, inside, E, BLOCK_N, E_PAD)
+    if KEY:
+        store_tile(grad_key, dk_n, dk * SCALE, inside, D, BLOCK_N, D_PAD)
+    if VALUE:
+        store_tile(grad_value, dv_n, dv, inside, E, BLOCK_N, E_PAD)
 
 
 @triton.jit(repr=named("flashfuse_add_low_queries"))

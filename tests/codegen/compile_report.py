@@ -17,21 +17,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashfuse.codegen import launch
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import Tile, kernel_plan
-from flashfuse.codegen.range_tables import tells_something
+from flashfuse.ir import block_table
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.score_ops import Kind
 
 sys.path.insert(0, str(Path(__file__).parent))
 from specs import LOWEST, Program
 
-MAX_SPILL = 4 * launch._MAX_SPILLS  # bytes a thread
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program can have
 KERNELS = {
     "forward": "flashfuse_forward",
     "grad_query": "flashfuse_grad_query",
     "grad_key_value": "flashfuse_grad_key_value",
+    "grad_key": "flashfuse_grad_key_value",
+    "grad_value": "flashfuse_grad_key_value",
     "grad_capture": "flashfuse_grad_capture",
     "forward_low": "flashfuse_forward",
     "grad_query_low": "flashfuse_grad_query",
@@ -78,15 +79,20 @@ def named_spec(name: str) -> AttentionSpec:
 
 
 def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, even: bool) -> dict[str, object]:
-    """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least."""
-    itemsize = 4 if dtype == "fp32" else 2
-    plan = kernel_plan(divmod(target, 10), itemsize, head_dim)
-    reports: list[dict[str, object]] = []
+    """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least.
+
+    `allowed`: the bytes that a thread may spill on this device.
+    """
+    plan = kernel_plan(divmod(target, 10), 4 if dtype == "fp32" else 2, head_dim)
+    best: dict[str, object] | None = None
     for tile in getattr(plan, kernel.removesuffix("_low")):
-        reports.append(compile_kernel(spec, kernel, target, dtype, head_dim, tile, even))
-        if reports[-1]["spill"] <= MAX_SPILL:  # type: ignore[operator]
+        if best is not None and best["spill"] <= 4 * plan.bearable(tile):  # type: ignore[operator]
             break
-    return {**min(reports, key=lambda report: report["spill"]), "passed_over": len(reports) - 1}  # type: ignore[arg-type, return-value]
+        report = compile_kernel(spec, kernel, target, dtype, head_dim, tile, even)
+        if report["shared"] <= SHARED_MEMORY[target]:  # type: ignore[operator]
+            best = min(best or report, report, key=lambda each: each["spill"])  # type: ignore[arg-type, return-value]
+    assert best is not None, f"no tile of {kernel} fits sm_{target}"
+    return {**best, "allowed": 4 * plan.spills}
 
 
 def compile_kernel(
@@ -101,15 +107,15 @@ def compile_kernel(
     """Registers, spills, shared memory and advisories of one kernel."""
     module = kernel_module(spec, fast_tanh=dtype != "fp32")
     function = getattr(module, KERNELS[kernel])
-    tabled = tells_something(spec) and not kernel.endswith("_low")
-    table_rows = (tile.block_n if kernel == "grad_key_value" else tile.block_m) if tabled else 0
+    tabled = spec.certainty is not None and not kernel.endswith("_low")
     padded = max(16, 1 << (head_dim - 1).bit_length())
     constants = {
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": table_rows,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": block_table.BLOCK if tabled else 0,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "SUMS": False, "SHIFTED": spec.planes == 2 and spec.split.keep is None, "EXACT_DELTA": False,
+        "SUMS": False, "SHIFTED": dtype == "fp32" or (spec.planes == 2 and spec.split.keep is None), "EXACT_DELTA": False,
         "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
+        "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key",
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:
@@ -141,29 +147,55 @@ def compile_kernel(
     return {
         "kernel": kernel,
         "name": compiled.metadata.name,
-        "tile": str(tile),
+        "tile": tile,
         "shared": compiled.metadata.shared,
         **_assembled(compiled.asm["ptx"], target),
     }
 
 
 def _assembled(ptx: str, target: int) -> dict[str, object]:
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    arch = f"sm_{target}a" if target == 90 else f"sm_{target}"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        arch = f"sm_{target}a" if target == 90 else f"sm_{target}"
-        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", done.stderr)]
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
-    advisories = sorted(set(re.findall(r"C75\d\d", done.stderr)))
+        said = _run("ptxas", "-v", f"-arch={arch}", str(source), "-o", str(cubin)).stderr
+        machine_code = _run("nvdisasm", "-c", str(cubin)).stdout
     return {
-        "registers": max(registers),
-        "spill": max(spills),
-        "advisories": advisories,
+        "registers": max(int(number) for number in re.findall(r"Used (\d+) registers", said)),
+        "spill": max(int(number) for number in re.findall(r"(\d+) bytes spill stores", said)),
+        "advisories": sorted(set(re.findall(r"C75\d\d", said))),
         "wgmma": ptx.count("wgmma.mma_async"),
+        **_main_loop(machine_code),
     }
+
+
+def _run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True)
+
+
+def _main_loop(machine_code: str) -> dict[str, object]:
+    """Instructions between the ends of the innermost loop with the most matrix instructions, and what those are called."""
+    place: dict[str, int] = {}
+    operations: list[str] = []
+    jumps: list[tuple[int, int]] = []
+    for line in machine_code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            place[label[1]] = len(operations)
+        code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if code is None:
+            continue
+        back = re.search(r"\.L_x_\d+", code[2]) if code[1].startswith("BRA") else None
+        if back and back[0] in place:
+            jumps.append((place[back[0]], len(operations)))
+        operations.append(code[1].split(".")[0])
+    loops = [operations[first : last + 1] for first, last in jumps]
+    matrix = [sum(name in ("HGMMA", "HMMA") for name in loop) for loop in loops]
+    most = max(matrix, default=0)
+    inner = min((loop for loop, count in zip(loops, matrix, strict=True) if count == most), key=len, default=[])
+    name = "HGMMA" if "HGMMA" in inner else "HMMA" if "HMMA" in inner else "none"
+    return {"loop": len(inner), "matrix": most, "matrix_name": name}
 
 
 def main() -> None:
@@ -172,7 +204,7 @@ def main() -> None:
     for kernel in kernels:
         for even in (True, False):
             report = settled(named_spec(name), kernel, target, dtype, head_dim, even)
-            print(json.dumps({"spec": name, "even": even, **report}), flush=True)
+            print(json.dumps({"spec": name, "even": even, **report, "tile": str(report["tile"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from flashfuse.codegen import launch
+from flashfuse.codegen.plan import _LAST, KernelPlan, Tile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, WIDE
@@ -93,6 +97,51 @@ def test_same_gradients_twice() -> None:
     inputs = make_inputs(case, torch.float32)
     first, second = run_kernels(case, inputs), run_kernels(case, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain_gqa", "row_and_column"])
+def test_a_launch_for_each_of_key_and_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.name == name)
+    usual = launch.kernel_plan(None, 4, 16)
+    split = replace(usual, grad_key_value=tuple(replace(tile, split=True) for tile in usual.grad_key_value))
+    monkeypatch.setattr(launch, "kernel_plan", lambda *facts: split)
+    monkeypatch.setattr(launch, "_chosen", {})
+    compare(case, make_inputs(case, torch.float32), 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        ((0, 0, 0, 0), 0),
+        ((9, 0, 0, 0), 1),
+        ((9, 5, 0, 0), 1),
+        ((60, 50, 0, 0), 2),
+        ((None, None, 99, 0), 3),
+        ((None, None, 3, 2), 2),
+    ],
+)
+def test_the_first_tile_that_fits_and_spills_little(
+    found: tuple[int | None, ...], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(c for c in CASES if c.name == "causal")
+    inputs = make_inputs(case, torch.float32)
+    own = (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1))
+    plan = KernelPlan(*[own + _LAST] * 5)  # the last two are only for want of others
+    monkeypatch.setattr(launch, "kernel_plan", lambda *facts: plan)
+    monkeypatch.setattr(launch, "_chosen", {})
+    call, tried = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes), []
+
+    def attempt(tile: Tile) -> SimpleNamespace:
+        tried.append(tile)
+        spills = found[plan.forward.index(tile)]
+        if spills is None:
+            raise OutOfResources(2, 1, "shared memory")
+        return SimpleNamespace(n_spills=spills)
+
+    call.launch("forward", attempt)
+    tried.clear()
+    call.launch("forward", attempt)
+    assert tried == [plan.forward[taken]]
 
 
 def test_output_of_any_strides() -> None:
