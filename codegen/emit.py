@@ -20,16 +20,22 @@ _BEFORE = ("maths",)
 _AFTER = ("tiles", "forward", "decode", "backward", "capture_gradient", "block_table")
 
 
+_HOPPER = ("tiles", "hopper_api", "hopper_forward")
+
+
 @lru_cache(maxsize=256)
-def module_text(spec: AttentionSpec, fast_tanh: bool = False) -> str:
-    """The whole module. `fast_tanh`: take tanh by one 16-bit-precise instruction (see `maths.tanh_approximate`)."""
+def module_text(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = False) -> str:
+    """The whole module. `fast_tanh`: take tanh by one 16-bit-precise instruction (see `maths.tanh_approximate`).
+
+    `hopper`: the module of the Hopper kernels, which need Gluon, instead of that of the portable ones.
+    """
     parts = [_header(spec), "import triton\nimport triton.language as tl", *(_kernel_text(name) for name in _BEFORE)]
     if fast_tanh and spec.score.uses("tanh"):
         parts.append("tanh = tanh_approximate  # query and key have 16 bits")
     parts.append("# " + "-" * 98 + " generated from the score program")
     parts.append(splice_text(spec).strip("\n"))
     parts.append("# " + "-" * 98 + " the kernel files")
-    parts += [_kernel_text(name) for name in _AFTER]
+    parts += [_kernel_text(name) for name in (_HOPPER if hopper else _AFTER)]
     return "\n\n\n".join(parts) + "\n"
 
 
@@ -42,13 +48,15 @@ def _header(spec: AttentionSpec) -> str:
 
 @cache
 def _kernel_text(name: str) -> str:
-    """A kernel file without its imports; its docstring becomes a comment."""
+    """A kernel file without its imports, except of Gluon; its docstring becomes a comment."""
     text = (KERNELS / f"{name}.py").read_text()
     lines = text.splitlines()
     dropped: set[int] = set()
     comment: list[str] = []
     for node in ast.parse(text).body:
         span = range(node.lineno - 1, (node.end_lineno or node.lineno))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton.experimental"):
+            continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             dropped.update(span)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from flashfuse.codegen import decode
+from flashfuse.codegen import decode, hopper, kernel_choice
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
 from flashfuse.codegen.launches import Launches, interpreting
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
@@ -70,7 +70,8 @@ def forward(
         with call.device():
             return _run_forward(call, layout)
 
-    identity = (spec.key, "forward", layout, tuple(sizes), _precision(query), ranges is None)
+    asked = kernel_choice.asked(spec.key)
+    identity = (spec.key, "forward", layout, tuple(sizes), _precision(query), ranges is None, asked)
     out, stats = repeated(identity, (query, key, value, *captures, *_there(ranges)), query.device, run)
     return out, stats
 
@@ -89,7 +90,7 @@ def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
     split = decode.split_of(call)
     if split is not None:
         decode.run(call, split, target, stats)
-    else:
+    elif not (hopper.takes(call) and hopper.forward(call, target, stats)):
         call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
     if call.low_rows:
         call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))

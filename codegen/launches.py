@@ -57,7 +57,10 @@ class Launches:
 
     def start(self, kernel: str, blocks: int, *positional: Any, **named: Any) -> Any:
         """Launch a kernel of the spec's module; returns the compiled kernel."""
-        function = getattr(self.module, kernel)
+        return self.run(getattr(self.module, kernel), blocks, *positional, **named)
+
+    def run(self, function: Any, blocks: int, *positional: Any, **named: Any) -> Any:
+        """Launch a kernel; returns it compiled."""
         compiled = function[(blocks,)](*positional, **named)
         if self.recording is not None:
             self.recording.launched(compiled, blocks, function, positional, named)

@@ -6,12 +6,14 @@ instead: an edited kernel.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +23,7 @@ from flashfuse.ir.attention_spec import AttentionSpec
 
 log = logging.getLogger("flashfuse")
 
-_modules: dict[tuple[str, bool], ModuleType] = {}
+_modules: dict[tuple[str, bool, bool], ModuleType] = {}
 _placed: dict[str, tuple[Path, str]] = {}  # key of a spec -> the folder for its kernels, and a tail for their text
 
 
@@ -31,24 +33,24 @@ def cache_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "flashfuse"
 
 
-def kernel_module(spec: AttentionSpec, fast_tanh: bool = False) -> ModuleType:
-    """The imported module of a spec; `__file__` is where its text lies."""
+def kernel_module(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = False) -> ModuleType:
+    """The imported module of a spec; `__file__` is where its text lies. `hopper`: of its kernels for Hopper."""
     fast_tanh = fast_tanh and spec.score.uses("tanh")
-    known = _modules.get((spec.key, fast_tanh))
+    known = _modules.get((spec.key, fast_tanh, hopper))
     if known is None:
-        known = _import(_edited(spec, fast_tanh) or write_kernel(spec, fast_tanh))
-        _modules[(spec.key, fast_tanh)] = known
+        known = _import(_edited(spec, fast_tanh, hopper) or write_kernel(spec, fast_tanh, hopper))
+        _modules[(spec.key, fast_tanh, hopper)] = known
     return known
 
 
-def write_kernel(spec: AttentionSpec, fast_tanh: bool = False) -> Path:
+def write_kernel(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = False) -> Path:
     """Write the module of a spec where it belongs (the dump, or the cache) and return the path."""
     fast_tanh = fast_tanh and spec.score.uses("tanh")
-    text = module_text(spec, fast_tanh)
+    text = module_text(spec, fast_tanh, hopper)
     if spec.key not in _placed:
         return write_module(text)
     folder, tail = _placed[spec.key]
-    path = folder / _kernel_name(spec, fast_tanh)
+    path = folder / _kernel_name(spec, fast_tanh, hopper)
     if path.exists() and not _is_generated(path.read_text(encoding="utf-8")):
         log.warning("%s was edited and is left alone; FLASHFUSE_OVERRIDE=%s uses it", path, folder)
         return write_module(text)
@@ -56,9 +58,9 @@ def write_kernel(spec: AttentionSpec, fast_tanh: bool = False) -> Path:
     return path
 
 
-def _kernel_name(spec: AttentionSpec, fast_tanh: bool) -> str:
+def _kernel_name(spec: AttentionSpec, fast_tanh: bool, hopper: bool) -> str:
     """A kernel file's name in a dump: by what it computes, not by the user's lines in its comments."""
-    return f"attention_{spec.key}{'_fast_tanh' if fast_tanh else ''}.py"
+    return f"attention_{spec.key}{'_hopper' if hopper else ''}{'_fast_tanh' if fast_tanh else ''}.py"
 
 
 _SEAL = "\n# as generated: "
@@ -77,21 +79,21 @@ def place_kernels(spec: AttentionSpec, folder: Path, tail: str) -> None:
     """From now on write and import the kernels of a spec in `folder`, with `tail` after their text."""
     if spec.key not in _placed:
         _placed[spec.key] = (folder, tail)
-        for each in (False, True):
-            _modules.pop((spec.key, each), None)
+        for known in [known for known in _modules if known[0] == spec.key]:
+            del _modules[known]
 
 
 def use_file(spec: AttentionSpec, path: Path) -> None:
     """Take this file for the kernels of a spec, whatever its text."""
     module = _import(path)
     for each in (False, True):
-        _modules[(spec.key, each)] = module
+        _modules[(spec.key, each, False)] = module
 
 
-def _edited(spec: AttentionSpec, fast_tanh: bool) -> Path | None:
+def _edited(spec: AttentionSpec, fast_tanh: bool, hopper: bool) -> Path | None:
     """The file in $FLASHFUSE_OVERRIDE that stands for this module, if there is one."""
     named = os.environ.get("FLASHFUSE_OVERRIDE")
-    found = sorted(Path(named).expanduser().rglob(_kernel_name(spec, fast_tanh))) if named else []
+    found = sorted(Path(named).expanduser().rglob(_kernel_name(spec, fast_tanh, hopper))) if named else []
     if found:
         log.info("kernel from %s", found[0])
     return found[0] if found else None
@@ -127,6 +129,18 @@ def _intact(path: Path, text: str) -> bool:
         return path.read_bytes() == text.encode()
     except FileNotFoundError:
         return False
+
+
+def remembered(name: str, find: Callable[[], str]) -> str:
+    """What `find` said when it was first asked on this machine; the text lies in the cache folder under `name`."""
+    path = cache_folder() / name
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        said = find()
+    with contextlib.suppress(OSError):  # then it is found again next time
+        _write_atomically(path, said)
+    return said
 
 
 def _write_atomically(path: Path, text: str) -> None:

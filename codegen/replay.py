@@ -10,6 +10,7 @@ That launcher is an internal of Triton: it is used only if this Triton calls it 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,28 @@ class Slot:
     scratch: bool
 
 
+@dataclass(frozen=True)
+class Described:
+    """Stands for a TMA descriptor of a tensor of the call."""
+
+    slot: Slot
+    descriptor: Any
+
+    def at(self, address: int) -> Any:
+        """The descriptor for the tensor that lies there now; the launcher asks its base for nothing but the address."""
+        moved = copy.copy(self.descriptor)
+        moved.base = _Base(address)
+        return moved
+
+
+class _Base:
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class Launch:
     """One kernel launch; `arguments` are all of the kernel's parameters in order, tensors as slots."""
 
@@ -65,13 +88,22 @@ class Launch:
         self._run(self.blocks, 1, 1, stream, *self._head, *arguments)
 
 
+def _without_base(descriptor: Any) -> Any:
+    """A copy that keeps no tensor alive."""
+    bare = copy.copy(descriptor)
+    bare.base = None
+    return bare
+
+
 def _moves(value: Any) -> bool:
-    return type(value) is Slot or (type(value) is tuple and any(_moves(item) for item in value))
+    return type(value) in (Slot, Described) or (type(value) is tuple and any(_moves(item) for item in value))
 
 
 def _placed(value: Any, given: Sequence[int], scratch: Sequence[int]) -> Any:
     if type(value) is Slot:
         return scratch[value.number] if value.scratch else given[value.number]
+    if type(value) is Described:
+        return value.at(_placed(value.slot, given, scratch))
     return tuple(_placed(item, given, scratch) for item in value) if type(value) is tuple else value
 
 
@@ -124,6 +156,9 @@ class Recording:
     def _template(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(self._template(item) for item in value)
+        if hasattr(value, "block_shape"):
+            slot = self._template(value.base)
+            return Described(slot, _without_base(value)) if isinstance(slot, Slot) else value
         if not isinstance(value, Tensor):
             return value
         slot = self._slots.get(id(value))

@@ -108,6 +108,11 @@ def rewrite(
     from flashfuse.inductor_lowerings import register_lowerings
 
     fences = options.inner == "inductor" and register_lowerings()
+    from flashfuse.codegen import kernel_choice
+
+    for site in sites:
+        if isinstance(site.found, Match):
+            kernel_choice.ask(site.found.spec.key, options.kernel)
     rewriter = Rewriter(module, form)
     records = [_replace(rewriter, site) for site in sites]
     rewriter.sweep()

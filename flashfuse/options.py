@@ -13,6 +13,7 @@ from flashfuse.errors import OptionError
 Inner = str | Callable[..., Any]
 INNER_NAMES = ("inductor", "aot_eager", "eager")
 SDPA_CHOICES = ("auto", "always", "never")
+KERNEL_CHOICES = ("auto", "portable", "hopper")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Options:
     strict: raise StrictError where an attention is left alone or flashfuse itself fails (also FLASHFUSE_STRICT=1).
     sdpa: what to do with F.scaled_dot_product_attention: "auto" takes only calls with a mask that can be computed from
         positions and vectors, "always" every call that is understood, "never" none.
+    kernel: "portable" kernels run wherever Triton does, "hopper" ones on compute capability 9.0; "auto" takes those where they
+        serve and are likely to be faster. Where "hopper" kernels cannot serve, portable ones do.
     dump: a folder to write every stage of every graph to (also FLASHFUSE_DUMP); None: no dump.
     inductor: all other options, passed on to Inductor, with torch.compile's `mode`.
     """
@@ -30,12 +33,13 @@ class Options:
     inner: Inner = "inductor"
     strict: bool = False
     sdpa: str = "auto"
+    kernel: str = "auto"
     dump: str | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OWN = ("inner", "strict", "sdpa", "dump")
+_OWN = ("inner", "strict", "sdpa", "kernel", "dump")
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -49,17 +53,20 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     strict = own.get("strict", os.environ.get("FLASHFUSE_STRICT") == "1")
     if not isinstance(strict, bool):
         raise OptionError(f"option strict={strict!r} must be True or False")
-    sdpa = own.get("sdpa", "auto")
-    if sdpa not in SDPA_CHOICES:
-        raise OptionError(
-            f"option sdpa={sdpa!r} is none of {', '.join(SDPA_CHOICES)}" + did_you_mean(str(sdpa), SDPA_CHOICES)
-        )
+    sdpa = _one_of("sdpa", own.get("sdpa", "auto"), SDPA_CHOICES)
+    kernel = _one_of("kernel", own.get("kernel", "auto"), KERNEL_CHOICES)
     dump = own.get("dump", os.environ.get("FLASHFUSE_DUMP") or None)
     if dump is not None and not isinstance(dump, (str, os.PathLike)):
         raise OptionError(f"option dump={dump!r} must be the path of a folder")
     if given:
         _check_inductor_names(given)
-    return Options(inner, strict, sdpa, None if dump is None else os.fspath(dump), mode, given)
+    return Options(inner, strict, sdpa, kernel, None if dump is None else os.fspath(dump), mode, given)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise OptionError(f"option {name}={value!r} is none of {', '.join(known)}" + did_you_mean(str(value), known))
+    return str(value)
 
 
 def _check_inductor_names(given: Mapping[str, Any]) -> None:

@@ -45,6 +45,7 @@ def compiled(function, **options):
         ({"strikt": True}, "did you mean 'strict'"),
         ({"inner": "inducter"}, "did you mean 'inductor'"),
         ({"sdpa": "allways"}, "did you mean 'always'"),
+        ({"kernel": "hoper"}, "did you mean 'hopper'"),
         ({"max_autotun": True}, "did you mean 'max_autotune'"),
         ({"strict": "yes"}, "must be True or False"),
     ],

@@ -1,0 +1,239 @@
+"""The Hopper forward: when it serves, its launch, and what must hold before it is trusted.
+
+It is written in Gluon, reads its tensors through TMA descriptors and takes 16-bit elements in head dims that are padded
+(by the hardware, with zeros) to 64, 128 or 256. Everything else runs on the portable kernels, and so does whatever fails here:
+a kernel that does not compile, one that ptxas spoils, and all of them on a machine where a small attention comes out wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashfuse.codegen import kernel_choice, ptxas
+from flashfuse.codegen.load import kernel_module, remembered
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+
+if TYPE_CHECKING:
+    from flashfuse.codegen.launch import Call
+
+log = logging.getLogger("flashfuse")
+
+ROWS = 64  # queries of one consumer
+_L2_BYTES = 16 << 20  # of keys and values that the tiles under way may read: a third of an H100's L2 cache
+_LEAST_KEYS = 512
+_LEAST_FILL = 0.6  # tiles a multiprocessor
+_MOST_SPILLED = 512  # bytes a thread; they lie where blocks are masked and where a tile begins
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """Consumers of 64 queries each, keys in a block, stages of the pipeline, and a consumer's registers."""
+
+    consumers: int
+    block_n: int
+    stages: int
+    registers: int
+    staged: bool  # results leave through shared memory of their own
+
+    @property
+    def block_m(self) -> int:
+        """Queries in a tile."""
+        return self.consumers * ROWS
+
+
+# padded head dim -> tiles, the fastest first; 227 KiB of shared memory and 64 Ki registers bound them
+TILES = {
+    64: (HopperTile(3, 128, 2, 160, True), HopperTile(2, 128, 4, 240, True)),
+    128: (HopperTile(2, 128, 2, 240, True),),
+    256: (HopperTile(2, 64, 2, 240, False),),
+}
+
+_passed_over: dict[tuple[str, int], int] = {}  # key of a spec and head dim -> tiles of which ptxas makes nothing good
+_failed: dict[str, str] = {}  # key of a spec -> why its kernel is not used
+_told: set[tuple[str, str]] = set()
+_examined: set[tuple[str, int, HopperTile]] = set()  # kernels that ptxas was asked about
+_trust: dict[tuple[torch.device, HopperTile], str] = {}
+
+
+@cache
+def missing() -> str:
+    """Why this Triton cannot have the Hopper kernels, or nothing if it can."""
+    try:
+        from flashfuse.codegen.kernels import hopper_forward  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"this Triton's Gluon is not the one that they are written for ({error})"
+    return ""
+
+
+def takes(call: Call) -> bool:
+    """Whether a call runs here. The reason, where it does not, is logged once for each spec."""
+    asked = kernel_choice.asked(call.spec.key)
+    reason = "options ask for portable kernels" if asked == "portable" else refusal(call, eager=asked == "hopper")
+    if (call.spec.key, reason) not in _told:
+        _told.add((call.spec.key, reason))
+        log.info("attention %s: %s forward%s", call.spec.key, "portable" if reason else "Hopper", reason and f", {reason}")
+    return not reason
+
+
+def refusal(call: Call, *, eager: bool = False) -> str:
+    """Why a call runs on the portable forward, or nothing. `eager`: also where that is likely to be faster."""
+    if not call.query.is_cuda or torch.cuda.get_device_capability(call.query.device) != (9, 0):
+        return "the device has not compute capability 9.0"
+    if call.query.dtype not in (torch.float16, torch.bfloat16) or call.value.dtype is not call.query.dtype:
+        return f"elements are {call.query.dtype} and {call.value.dtype}"
+    widest = max(call.padded)
+    if widest not in TILES or min(call.padded) < 64 or (widest == 256 and min(call.padded) < 256):
+        return f"head dims {call.D} and {call.E}"
+    if call.spec.weight is not None and call.spec.weight.uses("random_bits"):
+        return "dropout"
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        if not describable(tensor):
+            return f"{name} is not aligned to 16 bytes"
+    if not eager and has_short_ranges(call.spec):
+        return "its ranges of keys are short"
+    tile = tile_of(call)
+    fill = -(-call.M // tile.block_m) * call.B * call.H / multiprocessors(call.query.device)
+    if not eager and (call.N < _LEAST_KEYS or fill < _LEAST_FILL):
+        return "few keys or queries"
+    return missing() or _failed.get(call.spec.key, "") or distrust(call.query.device, tile, widest)
+
+
+def has_short_ranges(spec: AttentionSpec) -> bool:
+    """Whether a query sees keys near itself only, as in sliding windows and documents: smaller tiles waste less there.
+
+    A window's range has a lower end that moves with the query; documents compare vectors of queries with those of keys.
+    """
+    certainty, found = spec.certainty, spec.key_ranges
+    if certainty is not None and any(bounded.letter == "m" for bounded in certainty.inputs):
+        return True
+    if found is None:
+        return False
+    lowest = found.program.statements[found.program.results[0]]
+    return lowest.op != "const"
+
+
+def tile_of(call: Call) -> HopperTile:
+    """The first tile for a call's head dims that was not passed over."""
+    widest = max(call.padded)
+    return TILES[widest][_passed_over.get((call.spec.key, widest), 0)]
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether TMA can read it: 16-byte aligned address and strides, and no dimension repeated."""
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in strides)
+    return aligned and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    """Of `[1, 1, rows, columns]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    box = [1, 1, rows, columns]
+    kind = gl.bfloat16 if tensor.dtype is torch.bfloat16 else gl.float16
+    unused = -(-tensor.shape[3] // 8) * 8  # a valid stride for a dimension of one element
+    strides = [s if n > 1 else unused for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(box, kind)
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], box, layout)
+
+
+def forward(call: Call, out: Tensor, stats: Tensor) -> bool:
+    """Launch for a call that is taken: what the portable kernel writes, low rows left to it. False if it has failed."""
+    tile, widest = tile_of(call), max(call.padded)
+    try:
+        compiled = launch(call, out, stats, tile)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler in the making may raise; the portable kernels do not need it
+        _fail(call, f"it does not compile ({type(error).__name__}: {' '.join(str(error).split())[-200:]})")
+        return False
+    if (call.spec.key, widest, tile) not in _examined:
+        _examined.add((call.spec.key, widest, tile))
+        fault = spoiled(compiled)
+        if fault and tile is TILES[widest][-1]:
+            _fail(call, fault)
+        elif fault:  # what it computed is right; the next call takes the next tile
+            log.info("attention %s: another Hopper tile than %s: %s", call.spec.key, tile, fault)
+            _passed_over[(call.spec.key, widest)] = TILES[widest].index(tile) + 1
+    return True
+
+
+def _fail(call: Call, reason: str) -> None:
+    _failed[call.spec.key] = reason
+    log.info("attention %s: portable forward, the Hopper kernel is not used: %s", call.spec.key, reason)
+
+
+def spoiled(compiled: Any) -> str:
+    """What ptxas did to a compiled kernel that makes it slow, or nothing. It is asked once for each kernel and machine."""
+    ptx = compiled.asm["ptx"]
+
+    def find() -> str:
+        try:
+            found = ptxas.report(ptx, "sm_90a")
+        except OSError as error:
+            log.info("ptxas cannot be asked: %s", error)
+            return ""
+        if found.advisories:
+            return f"its matrix instructions wait for each other ({found.advisories[0]})"
+        return f"it spills {found.spilled} bytes a thread" if found.spilled > _MOST_SPILLED else ""
+
+    return remembered(f"ptxas_{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.txt", find)
+
+
+def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile) -> Any:
+    """Launch the kernel, and return it compiled."""
+    table = call.table
+    tiles = -(-call.M // tile.block_m) * call.B * call.H
+    staged = tile.staged and describable(out)
+    module = kernel_module(call.spec, fast_tanh=True, hopper=True)
+    return call.run(
+        module.flashfuse_hopper_forward, min(tiles, multiprocessors(call.query.device)),
+        descriptor(call.query, ROWS, call.padded[0]), descriptor(call.key, tile.block_n, call.padded[0]),
+        descriptor(call.value, tile.block_n, call.padded[1]), descriptor(out, ROWS, call.padded[1]) if staged else out,
+        stats, table.tensor, call.inputs, *call.strides(out), *table.strides, call.B, *call.shape, section(call), call.plane,
+        D=call.D, E=call.E, BLOCK_N=tile.block_n, CONSUMERS=tile.consumers, STAGES=tile.stages,
+        REGISTERS=tile.registers, TABLE_ROWS=table.rows,
+        EVEN=call.N % tile.block_n == 0, HAS_MASK=call.masked, PLANES=call.spec.planes,
+        SHIFTED=call.constants["SHIFTED"], EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, STAGED=staged, num_warps=4,
+    )  # fmt: skip
+
+
+def section(call: Call) -> int:
+    """Heads whose tiles are taken together (see the kernel's `tile_of`); one where all tiles are as long as each other."""
+    if not call.masked:
+        return 1
+    heads = call.B * call.H
+    bytes_a_head = call.N * (call.D + call.E) * call.key.element_size() * call.G // call.H
+    most = max(1, min(_L2_BYTES // max(bytes_a_head, 1), heads))
+    return next(number for number in range(most, 0, -1) if heads % number == 0)
+
+
+def distrust(device: torch.device, tile: HopperTile, head_dim: int) -> str:
+    """Why the kernels are not trusted on this machine: nothing once a small attention has come out right on it."""
+    if (device, tile) in _trust:
+        return _trust[(device, tile)]
+    if torch.cuda.is_current_stream_capturing():
+        return "the first call lies within a CUDA graph, where nothing can be checked"
+    from flashfuse.codegen import hopper_check
+
+    name = hopper_check.identity(device, tile, head_dim)
+    fault = remembered(f"hopper_{name}.txt", lambda: hopper_check.fault(device, tile, head_dim))
+    if fault:
+        warnings.warn(f"flashfuse: the Hopper kernels failed their check and are not used: {fault}", stacklevel=2)
+    _trust[(device, tile)] = fault and f"it failed its check on this machine ({fault})"
+    return _trust[(device, tile)]

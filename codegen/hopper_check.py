@@ -1,0 +1,63 @@
+"""The check that the Hopper forward must pass on a machine before it is trusted: a small attention against the CPU path."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from flashfuse import chunked_attention
+from flashfuse.codegen import hopper
+from flashfuse.codegen.emit import module_text
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+from flashfuse.ir.score_builder import Builder
+
+if TYPE_CHECKING:
+    from flashfuse.codegen.hopper import HopperTile
+
+_TOLERANCE = 2e-2  # bfloat16 outputs below 4, which are rounded by at most 2^-7
+
+
+def causal_spec() -> AttentionSpec:
+    """Causal attention with a scale."""
+    builder = Builder()
+    m, n = builder.leaf("index", "m"), builder.leaf("index", "n")
+    score = builder.leaf("score") * 0.125
+    return AttentionSpec(builder.program(score.apply("where", n <= m, score, float("-inf"))), (), EmptyRows.IMPOSSIBLE)
+
+
+def identity(device: torch.device, tile: HopperTile, head_dim: int) -> str:
+    """What the outcome depends on, as a word: the device, the compilers and the kernel."""
+    import triton
+
+    facts = (torch.cuda.get_device_name(device), torch.__version__, triton.__version__, tile, head_dim)
+    return hashlib.sha256(f"{facts}{module_text(causal_spec(), True, True)}".encode()).hexdigest()[:16]
+
+
+def fault(device: torch.device, tile: HopperTile, head_dim: int) -> str:
+    """What is wrong with the kernel's result, or nothing: several tiles, a tail, grouped heads, every row's statistics."""
+    from flashfuse.codegen.launch import Call
+
+    generator = torch.Generator().manual_seed(0)
+    length = 2 * tile.block_m + 2 * tile.block_n + 37
+    shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2)]
+    query, key, value = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
+    spec = causal_spec()
+    wanted = torch.empty(2, 4, length, head_dim, dtype=torch.float64)
+    wanted_stats = chunked_attention.forward(spec, query.double(), key.double(), value.double(), (), (), wanted)
+    try:
+        with torch.cuda.device(device):
+            call = Call(spec, query.to(device), key.to(device), value.to(device), (), ())
+            out = torch.empty_like(call.query)
+            stats = torch.empty(1, 2, 4, length, device=device)
+            hopper.launch(call, out, stats, tile)
+            differences = [
+                float((got.cpu().double() - right).abs().max()) for got, right in ((out, wanted), (stats, wanted_stats))
+            ]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # see hopper.forward
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    worst = max(differences)
+    return "" if worst <= _TOLERANCE else f"results differ by {worst:.3g}"

@@ -1,0 +1,391 @@
+# ruff: noqa: SIM108, SIM102, RUF005 -- a branch on a constexpr must be a statement of its own; Triton's lists are added
+"""Forward for Hopper: warp-specialised, persistent, with the softmax of one block of keys under the products of the next.
+
+FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. One partition of warps loads by TMA; each of CONSUMERS others owns
+64 rows of queries and multiplies, takes the softmax and multiplies again. A program takes tiles (a block of queries of
+a head) until there are none left.
+
+Why no wait can last for ever. Each buffer has two barriers: `full`, completed by the bytes of its load, and `empty`,
+completed by one arrival of each of its readers. The loader and the readers walk the same tiles and the same blocks in the same
+order (`tile_of` and `keys_of` are functions of the program's number alone), the loader fills what the readers read in
+their order (queries, then keys, then values of a block), and every reader arrives once for every fill: for a buffer of
+keys after the scores are read, of values after the product is waited for, of queries once a tile, with or without
+blocks. The k-th fill of a buffer waits for the (k-1)-th round of arrivals, the k-th read for the k-th fill; so by
+induction on the order of fills each wait is for something that needs no later one.
+"""
+
+import triton
+import triton.language as tl
+
+from flashfuse.codegen.kernels.hopper_api import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flashfuse.codegen.kernels.plain_score import (
+    FACTOR,
+    HAS_SINK,
+    SCALE,
+    keep,
+    kept_score,
+    key_range,
+    named,
+    sink_score,
+    weighted,
+)  # SPLICE
+from flashfuse.codegen.kernels.tiles import LOW_SCORE, block_aligned
+
+ROWS = gl.constexpr(64)  # of queries a consumer owns: what one warpgroup multiplies at a time
+
+
+@gluon.jit
+def turns_of(tiles):
+    """How many tiles this program takes."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    whole = tiles // programs
+    if whole % 2 == 1:
+        place = programs - 1 - place
+    return whole + (place < tiles % programs).to(gl.int32)
+
+
+@gluon.jit
+def tile_of(turn, blocks, heads, section, BLOCK_M: gl.constexpr):
+    """The first query and the head (`b * H + h`) of the tile that this program takes in a turn.
+
+    Tiles are numbered section by section: heads whose keys and values fit the L2 cache together. Within a section blocks
+    of queries go up or down, in turns, so that lengths change slowly, and down in the last section: under a causal mask the
+    shortest tiles come last. Programs take the numbers to and fro, so that none gets the longer tile of each round.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = programs - 1 - place
+    number = turn * programs + place
+    at = number // (section * blocks)
+    before = at * section
+    number -= before * blocks
+    here = gl.minimum(heads - before, section)
+    block = number // here
+    if ((heads - 1) // section - at) % 2 == 0:
+        block = blocks - 1 - block
+    return block * BLOCK_M, before + number % here
+
+
+@gluon.jit
+def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: gl.constexpr, BLOCK: gl.constexpr):
+    """`tiles.with_table`, a row of the table at a time."""
+    table_lo = gl.to_tensor(2147483647)
+    table_hi = gl.to_tensor(0)
+    full_lo = gl.to_tensor(0)
+    full_hi = gl.to_tensor(2147483647)
+    for i in gl.static_range(BLOCK // ROWS):
+        place = first // ROWS + i
+        row = table + place * 6
+        table_lo = gl.minimum(table_lo, gl.load(row, mask=place < blocks, other=2147483647))
+        table_hi = gl.maximum(table_hi, gl.load(row + 1, mask=place < blocks, other=0))
+        full_lo = gl.maximum(full_lo, gl.load(row + 2, mask=place < blocks, other=0))
+        full_hi = gl.minimum(full_hi, gl.load(row + 3, mask=place < blocks, other=2147483647))
+    return gl.maximum(lo, table_lo), gl.minimum(hi, table_hi), full_lo, full_hi
+
+
+@gluon.jit
+def keys_of(
+    first, b, h, M, N, table, table_b, table_h, inputs,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TABLE_ROWS: gl.constexpr,
+):  # fmt: skip
+    """The blocks of keys [lo, hi) of a tile, how many they are, and those that need no mask, [full_lo, full_hi)."""
+    lo, hi, full_lo, full_hi = key_range(first, gl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+    if TABLE_ROWS > 0:
+        table += b.to(gl.int64) * table_b + h.to(gl.int64) * table_h
+        rows = (M + TABLE_ROWS - 1) // TABLE_ROWS
+        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
+    lo, full_lo, full_hi = block_aligned(lo, full_lo, gl.minimum(full_hi, N), BLOCK_N)
+    return lo, gl.maximum((hi - lo + BLOCK_N - 1) // BLOCK_N, 0), full_lo, full_hi
+
+
+@gluon.jit
+def load(
+    query, key, value, buffers, table, inputs, lengths,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    TABLE_ROWS: gl.constexpr,
+):  # fmt: skip
+    """The loading partition: each tile's queries, then its keys and values block by block."""
+    queries, keys, values, _staged, query_full, query_empty, key_full, key_empty, value_full, value_empty = buffers
+    table_b, table_h, B, H, GROUP, M, N, section = lengths
+    blocks = (M + BLOCK_M - 1) // BLOCK_M
+    step = 0
+    for turn in range(turns_of(blocks * B * H)):
+        first, head = tile_of(turn, blocks, B * H, section, BLOCK_M)
+        b = head // H
+        h = head % H
+        g = h // GROUP
+        lo, count, _full_lo, _full_hi = keys_of(first, b, h, M, N, table, table_b, table_h, inputs, BLOCK_M, BLOCK_N, TABLE_ROWS)
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.wait(query_empty.index(consumer), turn & 1 ^ 1)
+            mbarrier.expect(query_full.index(consumer), query.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                query, [b, h, first + consumer * ROWS, 0], query_full.index(consumer), queries.index(consumer)
+            )
+        for i in range(count):
+            stage = step % STAGES
+            used = step // STAGES & 1 ^ 1
+            n = lo + i * BLOCK_N
+            mbarrier.wait(key_empty.index(stage), used)
+            mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
+            tma.async_copy_global_to_shared(key, [b, g, n, 0], key_full.index(stage), keys.index(stage))
+            mbarrier.wait(value_empty.index(stage), used)
+            mbarrier.expect(value_full.index(stage), value.block_type.nbytes)
+            tma.async_copy_global_to_shared(value, [b, g, n, 0], value_full.index(stage), values.index(stage))
+            step += 1
+
+
+@gluon.jit
+def soften(
+    s, top, total, first, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
+    MASKED: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
+):  # fmt: skip
+    """A block's unnormalised probabilities, the factor by which older ones shrink, and the rows' new maximum and sum."""
+    n = first + column
+    inside_n = n < N
+    x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+    if MASKED or not EVEN:
+        if (first < full_lo) | (first >= full_hi):
+            if MASKED:
+                x = gl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
+            else:
+                x = gl.where(inside_n, x, float("-inf"))
+    higher = gl.maximum(top, gl.max(x, 1))
+    finite = gl.where(higher == float("-inf"), 0.0, higher)
+    if SHIFTED:
+        p = gl.exp2((x - finite[:, None]) * FACTOR)
+    else:
+        p = gl.exp2(x * FACTOR - (finite * FACTOR)[:, None])
+    shrink = gl.exp2((top - finite) * FACTOR)
+    total = total * shrink + gl.sum(p, 1)
+    p = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
+    return p, shrink, higher, total
+
+
+@gluon.jit
+def finish(
+    acc, total, top, stats, plane, row, inside,
+    HAS_MASK: gl.constexpr, PLANES: gl.constexpr, EMPTY_ZERO: gl.constexpr,
+):  # fmt: skip
+    """Divide by the rows' sums, and store the statistics of rows that are `inside` (as the portable kernel does)."""
+    top = top * SCALE
+    sums = top + gl.log(total)
+    if PLANES == 2:
+        low_rows = ((top > LOW_SCORE) == 0) | (total != total)
+        shift = gl.where(low_rows, gl.where(total != total, total, top), 0.0)
+        if not HAS_MASK:
+            sums = gl.where(low_rows, 0.0, top) + gl.log(total)
+        gl.store(stats + row + plane, shift, mask=inside)
+    if EMPTY_ZERO:
+        empty = total == 0.0
+        total = gl.where(empty, 1.0, total)
+        sums = gl.where(empty, float("inf"), sums)
+    gl.store(stats + row, sums, mask=inside)
+    return acc / gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def store_rows(out, out_m, tile, row, inside, E: gl.constexpr):
+    """Store the rows of a tile that are `inside`, and their first E columns, from registers."""
+    E_PAD: gl.constexpr = tile.shape[1]
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (E_PAD // 8), E_PAD // 8], [4, 1], [1, 0])
+    rows = gl.convert_layout(row, gl.SliceLayout(1, stored))[:, None]
+    columns = gl.arange(0, E_PAD, gl.SliceLayout(0, stored))[None, :]
+    mask = gl.convert_layout(inside, gl.SliceLayout(1, stored))[:, None] & (columns < E)
+    gl.store(out + rows.to(gl.int64) * out_m + columns, gl.convert_layout(tile, stored), mask=mask)
+
+
+@gluon.jit
+def pass_over(step, number, key_full, key_empty, value_full, value_empty, STAGES: gl.constexpr):
+    """Blocks that other consumers need: only say that they were read, once they are there. Returns the step after them."""
+    for i in range(step, step + number):
+        mbarrier.wait(key_full.index(i % STAGES), i // STAGES & 1)
+        mbarrier.arrive(key_empty.index(i % STAGES), count=1)
+        mbarrier.wait(value_full.index(i % STAGES), i // STAGES & 1)
+        mbarrier.arrive(value_empty.index(i % STAGES), count=1)
+    return step + number
+
+
+@gluon.jit
+def attend(
+    out, stats, buffers, table, inputs, lengths, out_strides, plane,
+    CONSUMER: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, PLANES: gl.constexpr,
+    SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """A consuming partition: 64 rows of each tile.
+
+    The order in the loop is scores of this block, product of the last block, softmax of this block, so that the product
+    runs under the softmax. The wait for the next keys stands before that for the product: where it spins a basic
+    block ends, over which ptxas does not move the wait for the product (before the exponentials, where it would undo all this).
+    """
+    queries, keys, values, staged, query_full, query_empty, key_full, key_empty, value_full, value_empty = buffers
+    table_b, table_h, B, H, _GROUP, M, N, section = lengths
+    out_b, out_h, out_m = out_strides
+    D_PAD: gl.constexpr = keys.type.shape[4]
+    E_PAD: gl.constexpr = values.type.shape[4]
+    dtype: gl.constexpr = keys.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E_PAD, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, k_width=2)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))[None, :]
+    q = queries.index(CONSUMER).reshape([ROWS, D_PAD])
+    blocks = (M + BLOCK_M - 1) // BLOCK_M
+    step = 0
+    for turn in range(turns_of(blocks * B * H)):
+        first, head = tile_of(turn, blocks, B * H, section, BLOCK_M)
+        b = head // H
+        h = head % H
+        lo, count, _full_lo, _full_hi = keys_of(first, b, h, M, N, table, table_b, table_h, inputs, BLOCK_M, BLOCK_N, TABLE_ROWS)
+        first += CONSUMER * ROWS
+        own_lo, own_count, full_lo, full_hi = keys_of(
+            first, b, h, M, N, table, table_b, table_h, inputs, ROWS, BLOCK_N, TABLE_ROWS
+        )
+        before = gl.minimum(gl.maximum((own_lo - lo) // BLOCK_N, 0), count)
+        after = count - before - gl.minimum(gl.maximum((own_lo - lo) // BLOCK_N + own_count - before, 0), count - before)
+        count -= before + after
+        lo += before * BLOCK_N
+        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
+        m = row[:, None]
+        inside_m = m < M
+        top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
+        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score_layout))
+        if HAS_SINK:
+            sink = sink_score(b, h, row, row < M, M, N, inputs)
+            total = gl.where(sink == float("-inf"), 0.0, 1.0)
+            top = sink / SCALE
+        acc = gl.zeros([ROWS, E_PAD], gl.float32, out_layout)
+        mbarrier.wait(query_full.index(CONSUMER), turn & 1)
+        step = pass_over(step, before, key_full, key_empty, value_full, value_empty, STAGES)
+        if count > 0:
+            stage = step % STAGES
+            mbarrier.wait(key_full.index(stage), step // STAGES & 1)
+            k = keys.index(stage).reshape([BLOCK_N, D_PAD]).permute((1, 0))
+            s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k, zero, use_acc=False, is_async=True)])
+            mbarrier.arrive(key_empty.index(stage), count=1)
+            p, shrink, top, total = soften(
+                s, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs, HAS_MASK, EVEN, SHIFTED
+            )
+            p = gl.convert_layout(p.to(dtype), operand)
+            mbarrier.wait(key_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=count > 1)
+            for i in range(1, count):
+                last = (step + i - 1) % STAGES
+                stage = (step + i) % STAGES
+                k = keys.index(stage).reshape([BLOCK_N, D_PAD]).permute((1, 0))
+                scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                mbarrier.wait(value_full.index(last), (step + i - 1) // STAGES & 1)
+                v = values.index(last).reshape([BLOCK_N, E_PAD])
+                product = warpgroup_mma(p, v, acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(key_empty.index(stage), count=1)
+                p, shrink, top, total = soften(
+                    s, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
+                    HAS_MASK, EVEN, SHIFTED,
+                )  # fmt: skip
+                following = step + i + 1
+                mbarrier.wait(key_full.index(following % STAGES), following // STAGES & 1, pred=i + 1 < count)
+                acc = warpgroup_mma_wait(0, deps=[product])
+                mbarrier.arrive(value_empty.index(last), count=1)
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+                p = gl.convert_layout(p.to(dtype), operand)
+            mbarrier.arrive(query_empty.index(CONSUMER), count=1)
+            step += count
+            last = (step - 1) % STAGES
+            mbarrier.wait(value_full.index(last), (step - 1) // STAGES & 1)
+            v = values.index(last).reshape([BLOCK_N, E_PAD])
+            acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, acc, is_async=True)])
+            mbarrier.arrive(value_empty.index(last), count=1)
+        else:
+            mbarrier.arrive(query_empty.index(CONSUMER), count=1)
+        step = pass_over(step, after, key_full, key_empty, value_full, value_empty, STAGES)
+        acc = finish(
+            acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO
+        )
+        if STAGED:
+            tma.store_wait(0)  # what the last tile stored has been read
+            staged.index(CONSUMER).reshape([ROWS, E_PAD]).store(acc.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [b, h, first, 0], staged.index(CONSUMER))
+        else:
+            target = out + b.to(gl.int64) * out_b + h.to(gl.int64) * out_h
+            store_rows(target, out_m, acc.to(dtype), row, row < M, E)
+    if STAGED:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """That many initialised barriers."""
+    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit(repr=named("flashfuse_hopper_forward"))
+def flashfuse_hopper_forward(
+    query, key, value, out, stats, table, inputs, out_b, out_h, out_m, table_b, table_h, B, H, GROUP, M, N, section, plane,
+    D: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr,
+    HAS_MASK: gl.constexpr, PLANES: gl.constexpr, SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from descriptors of query, key and value.
+
+    The grid is as many programs as run at once. `section`: heads whose tiles are taken together (see `tile_of`). STAGED:
+    `out` is a descriptor, and results leave through shared memory.
+    """
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    queries = gl.allocate_shared_memory(query.dtype, [CONSUMERS] + query.block_type.shape, query.layout)
+    keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
+    staged = queries  # of which nothing is read, unless there is room for the results
+    if STAGED:
+        staged = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
+    query_full = barriers(CONSUMERS, 1)
+    query_empty = barriers(CONSUMERS, 1)
+    key_full = barriers(STAGES, 1)
+    key_empty = barriers(STAGES, CONSUMERS)
+    value_full = barriers(STAGES, 1)
+    value_empty = barriers(STAGES, CONSUMERS)
+    fence_async_shared()
+    buffers = (queries, keys, values, staged, query_full, query_empty, key_full, key_empty, value_full, value_empty)
+    lengths = (table_b, table_h, B, H, GROUP, M, N, section)
+    strides = (out_b, out_h, out_m)
+    if CONSUMERS == 2:  # the list must be a literal
+        gl.warp_specialize([
+            (load, (query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, TABLE_ROWS)),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                0, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                1, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (load, (query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, TABLE_ROWS)),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                0, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                1, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                2, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

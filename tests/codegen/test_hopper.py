@@ -1,0 +1,208 @@
+"""The Hopper forward: compiled here without a GPU, run on one by `pytest -m gpu tests/codegen/test_hopper.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+from specs import Case, dense_attention, make_inputs
+from test_gpu import BIG
+
+from flashfuse.codegen import hopper, hopper_check, kernel_choice, launch, load, ptxas
+
+SCRIPT = Path(__file__).parent / "compile_hopper.py"
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+
+
+# ------------------------------------------------------------------------------------------------ without a GPU
+
+
+@pytest.mark.skipif(bool(hopper.missing()), reason="this Triton has another Gluon")
+def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    wanted = {"causal_d64": 3, "plain_d128": 2, "causal_d256": 2}  # consumers
+    command = [sys.executable, str(SCRIPT), "bf16", *(f"{words.split('_d')[1]}:{words.split('_d')[0]}" for words in wanted)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
+    assert list(reports) == [f"flashfuse_hopper_forward_{name}" for name in wanted]
+    for name, consumers in wanted.items():
+        report = reports[f"flashfuse_hopper_forward_{name}"]
+        assert report["shared"] <= 227 * 1024, report
+        assert report["spilled"] <= hopper._MOST_SPILLED, report
+        assert not report["advisories"], report
+        assert report["overlaps"] == consumers, report
+
+
+def test_ptxas_tells_of_serialised_products() -> None:
+    said = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\n"
+    said += "ptxas info    : Used 168 registers\n    8 bytes stack frame, 640 bytes spill stores, 4 bytes spill loads\n"
+    assert ptxas.parsed(said) == ptxas.PtxasReport(168, 640, (said.splitlines()[0].removeprefix("ptxas info    : "),))
+
+
+def test_what_tma_cannot_read() -> None:
+    tensor = torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)
+    assert hopper.describable(tensor)
+    assert hopper.describable(tensor.transpose(1, 2))
+    assert hopper.describable(tensor[:1])  # the stride of one element is never used
+    assert not hopper.describable(tensor[..., 1:])
+    assert not hopper.describable(tensor[:, :1].expand(2, 4, 64, 64))
+    assert not hopper.describable(torch.zeros(2, 4, 64, 65, dtype=torch.bfloat16)[..., :64])
+    assert not hopper.describable(tensor[:0])
+
+
+def a_call(**facts: object) -> launch.Call:
+    return SimpleNamespace(**facts)  # type: ignore[return-value]
+
+
+def test_sections_divide_the_heads_and_fit_the_cache() -> None:
+    key = torch.zeros(1, dtype=torch.bfloat16)
+    for heads in (1, 7, 12, 32, 128):
+        for length in (512, 2048, 65536):
+            call = a_call(masked=True, B=1, H=heads, G=heads, N=length, D=128, E=128, key=key)
+            number = hopper.section(call)
+            assert heads % number == 0
+            assert number == 1 or number * length * 512 <= hopper._L2_BYTES
+    assert hopper.section(a_call(masked=False, B=1, H=8, G=8, N=512, D=64, E=64, key=key)) == 1
+
+
+def test_short_ranges_are_left_to_smaller_tiles() -> None:
+    specs = {case.name: case.spec for case in CASES}
+    short = {name for name in ("plain", "causal", "window", "documents", "documents_causal", "padding", "lengths", "alibi")
+             if hopper.has_short_ranges(specs[name])}  # fmt: skip
+    assert short == {"window", "documents", "documents_causal"}
+
+
+def test_a_call_off_hopper_is_refused_with_a_reason() -> None:
+    case = next(case for case in CASES if case.name == "causal")
+    inputs = make_inputs(case, torch.float16)
+    call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, (), ())
+    assert not hopper.takes(call)
+    assert "compute capability" in hopper.refusal(call)
+
+
+@pytest.mark.parametrize("outcome", ["", "results differ by 3.1"])
+def test_the_check_is_made_once_and_remembered(outcome: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(hopper, "_trust", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper_check, "identity", lambda *facts: "word")
+    monkeypatch.setattr(hopper_check, "fault", lambda *facts: asked.append(facts) or outcome)
+    for _process in range(2):
+        hopper._trust.clear()
+        for _call in range(2):
+            if outcome:
+                with pytest.warns(UserWarning, match="differ by 3.1") if not hopper._trust else nullcontext():
+                    assert outcome in hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64)
+            else:
+                assert hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64) == ""
+    assert len(asked) == 1
+
+
+def test_nothing_is_checked_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_trust", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "CUDA graph" in hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64)
+    assert not hopper._trust
+
+
+def test_remembered_text_lies_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path))
+    assert load.remembered("name.txt", lambda: "first") == "first"
+    assert load.remembered("name.txt", lambda: "second") == "first"
+    assert (tmp_path / "name.txt").read_text() == "first"
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def forced(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """The Hopper forward's result, whatever the size."""
+    inputs = make_inputs(case, dtype, device="cuda")
+    kernel_choice.ask(case.spec.key, "hopper")
+    try:
+        call = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)
+        if not hopper.takes(call):
+            pytest.skip(hopper.refusal(call, eager=True))
+        out = launch.forward(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)[0]
+        assert case.spec.key not in hopper._failed, hopper._failed
+    finally:
+        kernel_choice.ask(case.spec.key, "auto")
+    return out
+
+
+def compare(case: Case, dtype: torch.dtype) -> None:
+    """The rule of `test_kernels.compare_with_eager`, for the output."""
+    out = forced(case, dtype).double()
+    inputs = make_inputs(case, dtype, device="cuda")
+    exact, eager = (dense_attention(case, inputs, kind)[0].double() for kind in (case.reference, dtype))
+    assert torch.equal(out.isnan(), exact.isnan())
+    out, exact, eager = (tensor.nan_to_num(0.0) for tensor in (out, exact, eager))
+    rounding = torch.finfo(dtype).eps * 0.25 * exact.abs().max() + 1e-6
+    assert (out - exact).abs().max() <= 2 * (eager - exact).abs().max() + rounding
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_program_within_twice_the_error_of_eager(case: Case, head_dim: int) -> None:
+    compare(dataclasses.replace(case, shape=(*case.shape[:5], head_dim, head_dim)), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (128, 64), (192, 256), (256, 256)],
+                         ids=lambda dims: "{}x{}".format(*dims))  # fmt: skip
+@pytest.mark.parametrize("name", sorted(BIG))
+def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tuple[int, int]) -> None:
+    case = next(case for case in CASES if case.name == name)
+    compare(dataclasses.replace(case, shape=(*BIG[name][:5], *head_dims)), torch.float16)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_the_check_passes_here() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for head_dim, tiles in hopper.TILES.items():
+        for tile in tiles:
+            assert hopper_check.fault(device, tile, head_dim) == ""
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hopper.launch
+
+    def wrong(call: launch.Call, out: torch.Tensor, stats: torch.Tensor, tile: hopper.HopperTile) -> object:
+        compiled = right(call, out, stats, tile)
+        out[0, 0, 100] *= 1.5
+        return compiled
+
+    monkeypatch.setattr(hopper, "launch", wrong)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert "differ" in hopper_check.fault(device, hopper.TILES[64][0], 64)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_the_same_bits_every_time() -> None:
+    case = next(case for case in CASES if case.name == "causal")
+    case = dataclasses.replace(case, shape=(2, 8, 8, 1500, 1500, 128, 128))
+    first = forced(case, torch.bfloat16)
+    for _ in range(250):
+        assert torch.equal(forced(case, torch.bfloat16), first)
