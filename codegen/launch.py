@@ -112,8 +112,11 @@ def backward(
     sizes: Sequence[int],
     needs: Sequence[bool],
     ranges: Tensor | None = None,
+    grad_stats: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of query, key, value and of each capture that `needs` names, in order; `ranges` as in `forward`.
+
+    `grad_stats` `[B, H, M]`, contiguous, is the gradient of the rows' logsumexp, if any.
 
     Raises UnsupportedError where the kernels cannot run.
     """
@@ -121,15 +124,15 @@ def backward(
 
     def run(recording: Recording | None) -> list[Tensor]:
         call = Call(spec, query, key, value, captures, sizes, recording, ranges)
-        call.grad_out, call.stats = _last_contiguous(grad_out.to(value.dtype)), stats
+        call.grad_out, call.stats, call.grad_stats = _last_contiguous(grad_out.to(value.dtype)), stats, grad_stats
         if stats.numel() == 0 or call.N == 0:
             call.cannot_repeat()
             return _no_gradients(query, key, value, [captures[number] for number in wanted])
         with call.device():
             return _run_backward(call, out, wanted)
 
-    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query), ranges is None)
-    given = (query, key, value, out, stats, grad_out, *captures, *_there(ranges))
+    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query), ranges is None, grad_stats is None)
+    given = (query, key, value, out, stats, grad_out, *captures, *_there(ranges), *_there(grad_stats))
     return list(repeated(identity, given, query.device, run))
 
 
@@ -165,6 +168,7 @@ class Call(Launches):
     out: Tensor
     grad_out: Tensor
     stats: Tensor
+    grad_stats: Tensor | None
     delta: Tensor
     flags: Tensor  # which blocks of queries have low rows; made with the gradient of the query
 
@@ -317,10 +321,10 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
     return call.start(
         "flashfuse_grad_query", blocks * call.B * call.H,
         call.query, call.key, call.value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
-        call.delta if partial is None else partial, call.inputs,
+        call.delta if partial is None else partial, call.delta if call.grad_stats is None else call.grad_stats, call.inputs,
         *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
-        EXACT_DELTA=not low and gradients.summed,
+        EXACT_DELTA=not low and gradients.summed, GRAD_STATS=call.grad_stats is not None,
         **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 

@@ -61,10 +61,13 @@ def backward(
     captures: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
+    grad_stats: Tensor | None = None,
 ) -> list[Tensor] | None:
     """As `chunked_attention.backward`, or None if this attention is not for torch's kernel."""
     form = _form(spec)
-    if form is None or not _fits(query, key, value) or not _ordinary(stats[0]) or bool(stats[1:].any()):
+    if form is None or grad_stats is not None or not _fits(query, key, value):
+        return None
+    if not _ordinary(stats[0]) or bool(stats[1:].any()):
         return None
     factor, causal = form
     with torch.no_grad():

@@ -28,7 +28,7 @@ for _name in ("attention", "attention_forward"):
     )
 _library.define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats,"
-    " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec, Tensor? ranges=None) -> Tensor[]",
+    " Tensor[] captures, SymInt[] sizes, bool[] needs, str spec, Tensor? ranges=None, Tensor? grad_stats=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define("fence(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -73,12 +73,16 @@ def run_backward(
     needs: Sequence[bool],
     spec: str,
     ranges: Tensor | None = None,
+    grad_stats: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of query, key and value, and of each capture whose entry of `needs` is True, in this order."""
+    """Gradients of query, key and value, and of each capture whose entry of `needs` is True, in this order.
+
+    `grad_stats` `[B, H, M]`, float32, is the gradient of the rows' logsumexp, if something was made of it.
+    """
     meaning, arguments = from_text(spec), (grad_out, query, key, value, out, stats, captures, sizes, tuple(needs))
-    found = run_kernels(meaning, "backward", query.is_cuda, *arguments, ranges)
+    found = run_kernels(meaning, "backward", query.is_cuda, *arguments, ranges, grad_stats)
     if found is None:
-        found = _run_in_torch(meaning, "backward", *arguments)
+        found = _run_in_torch(meaning, "backward", *arguments, grad_stats)
     inputs = _differentiated(query, key, value, captures, needs)
     return [_laid_out_like(own, tensor) for own, tensor in zip(found, inputs, strict=True)]
 
@@ -171,7 +175,7 @@ def _attention_forward_fake(query, key, value, captures, sizes, spec, layout, ra
 
 @torch.library.register_fake("flashfuse::attention_backward", lib=_library)
 def _attention_backward_fake(  # type: ignore[no-untyped-def]
-    grad_out, query, key, value, out, stats, captures, sizes, needs, spec, ranges=None
+    grad_out, query, key, value, out, stats, captures, sizes, needs, spec, ranges=None, grad_stats=None
 ):
     return [torch.empty_like(tensor) for tensor in _differentiated(query, key, value, captures, needs)]
 
@@ -188,17 +192,21 @@ class _Attention(torch.autograd.Function):
         query: Tensor, key: Tensor, value: Tensor, *captures: Tensor,
     ) -> Any:  # fmt: skip
         out, stats = torch.ops.flashfuse.attention_forward(query, key, value, list(captures), sizes, spec, layout, ranges)
-        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        if not from_text(spec).logsumexp:
+            ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(query, key, value, out, stats, ranges, *captures)
         ctx.sizes, ctx.spec = sizes, spec
         ctx.needs = [bool(needed) for needed in ctx.needs_input_grad[7:]]
         return out, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _grad_stats: Tensor) -> Any:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None) -> Any:
         query, key, value, out, stats, ranges, *captures = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_rows = None if grad_stats is None else grad_stats[0].contiguous()  # the shift of low rows is no function of scores
         found = torch.ops.flashfuse.attention_backward(
-            grad_out.to(value.dtype), query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec, ranges
+            grad_out.to(value.dtype), query, key, value, out, stats, captures, ctx.sizes, ctx.needs, ctx.spec, ranges, grad_rows
         )
         if torch.is_grad_enabled():  # create_graph=True: without this the gradients would be silently taken for constants
             found = _NoSecondDerivative.apply(len(found), *found, grad_out, query, key, value, *captures)

@@ -162,12 +162,15 @@ def _fused_record(rewriter: Rewriter, site: Site, match: Match) -> SiteRecord:
 
 def _notes(rewriter: Rewriter, match: Match) -> tuple[tuple[str, str], ...]:
     """What a reader must know about a site besides its kernel."""
+    notes: list[tuple[str, str]] = []
+    if match.statistic is not None and match.statistic.node in rewriter.given:
+        notes.append(("lse", "the logsumexp that is taken of the same scores is the kernel's own"))
     if not match.terms:
-        return ()
+        return tuple(notes)
     names = capture_names(rewriter.form, [factor.node for factor in match.factors])
     signs = {"mul": " * ", "div": " / "}
     times = "".join(signs[factor.name] + name for factor, name in zip(match.factors, names, strict=True))
-    return (("sum", f"one of {len(match.terms)} outputs that are added up, times {match.scale:g}{times}"),)
+    return (*notes, ("sum", f"one of {len(match.terms)} outputs that are added up, times {match.scale:g}{times}"),)
 
 
 def _is_safe(found: Refusal) -> bool:

@@ -72,10 +72,12 @@ def backward(
     captures: Sequence[Tensor],
     sizes: Sequence[int],
     needs: Sequence[bool],
+    grad_stats: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of query, key, value and of each capture that `needs` names, in order, contiguous, in their dtypes.
 
-    `out` and `stats` are what `forward` gave. Sums are kept in the precision of scores.
+    `out` and `stats` are what `forward` gave; `grad_stats` `[B, H, M]` is the gradient of the rows' logsumexp, if any.
+    Sums are kept in the precision of scores.
     """
     dtype, shape = score_dtype(query, value), shape_of(query, key)
     wanted = tuple(number for number, needed in enumerate(needs) if needed)
@@ -85,7 +87,7 @@ def backward(
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             call = Call(spec, query, key, value, captures, sizes)
             scratch = Scratch(call)
-            gradients = _Gradients(call, grad_out, out, stats, sums, wanted)
+            gradients = _Gradients(call, grad_out, out, stats, sums, wanted, grad_stats)
             for chunk in call.chunks():
                 low = gradients.low(chunk)
                 _backward_chunk(gradients, chunk, scratch, hidden=low)
@@ -172,11 +174,13 @@ class _Gradients:
     """What the backward reads, in grouped form, and the sums that it adds to."""
 
     def __init__(
-        self, call: Call, grad_out: Tensor, out: Tensor, stats: Tensor, sums: list[Tensor], wanted: tuple[int, ...]
-    ) -> None:
+        self, call: Call, grad_out: Tensor, out: Tensor, stats: Tensor, sums: list[Tensor], wanted: tuple[int, ...],
+        grad_stats: Tensor | None,
+    ) -> None:  # fmt: skip
         self.call = call
         self.grad_out, self.out = grouped(grad_out, call.shape), grouped(out, call.shape)
         self.stats = [grouped(plane, call.shape).unsqueeze(-1) for plane in stats]
+        self.grad_stats = None if grad_stats is None else grouped(grad_stats, call.shape).unsqueeze(-1)
         self.query = grouped(sums[0], call.shape)
         self.key, self.value = sums[1].flatten(0, 1), sums[2].flatten(0, 1)
         self.captures = dict(zip(wanted, sums[3:], strict=True))
@@ -229,6 +233,8 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
         delta.div_(total.masked_fill_(total == 0, 1.0))
     if sink is not None:
         through_sink(call, chunk, -(sink * delta), wanted, gradients.add_to_capture)
+    if gradients.grad_stats is not None:
+        delta = delta - call.folded(gradients.grad_stats, chunk)
     grad.sub_(delta).mul_(final)
     overwrite(call.unfolded(grad, chunk), dropped, hidden, 0.0)
     grad_score, factor = _through_program(gradients, chunk, program, raw, grad, dropped, hidden)

@@ -37,6 +37,7 @@ class GraphCalls:
     def __post_init__(self) -> None:
         self.made: list[fx.Node] = []
         self.seeds: dict[fx.Node, fx.Node] = {}
+        self.attentions: list[tuple[Match, fx.Node]] = []  # the calls of the op
         self.meta = {key: self.blame.meta[key] for key in _OF_THE_USER if key in self.blame.meta}
 
     def undo(self) -> None:
@@ -181,12 +182,24 @@ class GraphCalls:
         function = torch.ops.flashfuse.attention.default
         ranges = self._ranges(match, captures, sizes)
         both = self.call(function, *tensors, captures, sizes, match.spec.to_text(), match.layout, *ranges)
+        self.attentions.append((match, both))
         result = self.call(operator.getitem, both, 0)
         for factor in match.factors:
             other = self.value(factor.node)
             other = self.view(other, factor.view, copy=True, shape=tuple(value_of(factor.node).shape))
             result = self.call({"mul": torch.mul, "div": torch.div}[factor.name], result, other)
         return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
+
+    def statistic(self, match: Match, both: fx.Node) -> fx.Node:
+        """The rows' logsumexp in its own layout: a tensor of its own, since the user may write into it."""
+        assert match.statistic is not None
+        stats = self.call(operator.getitem, both, 1)
+        sums = self.method("select", stats, 0, 0)
+        shifted = match.spec.planes == 2
+        whole = self.call(torch.add, sums, self.method("select", stats, 0, 1)) if shifted else self.method("clone", sums)
+        shown = self.view(whole, match.statistic.view, copy=True, shape=[match.dims[letter] for letter in "BHM"])
+        wanted = value_of(match.statistic.node).dtype
+        return shown if wanted is torch.float32 else self.method("to", shown, wanted)
 
     def _ranges(self, match: Match, captures: list[fx.Node], sizes: list[Any]) -> tuple[fx.Node, ...]:
         """The range table of the match's mask, if its kernels read one: made here, or that of an earlier match."""

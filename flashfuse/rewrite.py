@@ -40,6 +40,7 @@ class Rewriter:
         self.expanded: set[fx.Node] = set()
         self.drawn: set[fx.Node] = set()  # normal form nodes in whose place a seed was drawn
         self.sums: dict[fx.Node, list[fx.Node] | Exception] = {}  # output that is a sum of attentions -> what came of it
+        self.given: set[fx.Node] = set()  # normal form nodes that an attention's row statistic stands for
         self.changed = False
 
     def finish(self) -> fx.GraphModule:
@@ -89,7 +90,31 @@ class Rewriter:
             self.replaced[origin.node] = result
         self.changed = True
         self.drawn |= {side.node for each in match.terms or (match,) for side in each.captures if side.seed}
-        return self._erase(origin.node)
+        gone = self._erase(origin.node)
+        for term, call in builder.attentions:
+            gone += self._give_statistic(term, call, result, at)
+        return gone
+
+    def _give_statistic(self, match: Match, call: fx.Node, result: fx.Node, at: int) -> list[fx.Node]:
+        """Let the op's row statistic, made before `result`, stand for the graph's logsumexp; returns what that makes needless.
+
+        The graph keeps its own where the op comes too late for a user, or where somebody writes into it.
+        """
+        if match.statistic is None:
+            return []
+        made_by = self.form.produced[match.statistic.node]
+        origins = self.form.origins.get(match.statistic.node, ())
+        named = any(origin.node is made_by and not origin.path for origin in origins)
+        copy = self.copies[made_by]
+        if not named or made_by in self.expanded or made_by in self.effects.storages or copy._erased:
+            return []
+        if not all(result < user for user in copy.users):
+            return []
+        known = GraphCalls(self, result, at, match.anchor).statistic(match, call)
+        copy.replace_all_uses_with(known)
+        self.replaced[made_by] = known
+        self.given.add(match.statistic.node)
+        return self._erase(made_by)
 
     def now(self, node: fx.Node) -> fx.Node | None:
         """What gives a captured node's result in the new graph; None if nothing does any more."""

@@ -24,6 +24,7 @@ from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
+from flashfuse.patterns.row_statistics import Statistic, find_statistic
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
 from flashfuse.patterns.sinks import is_ordinary, lift_sink, sink_program
 from flashfuse.patterns.softmax import Softmax
@@ -68,6 +69,8 @@ class Match:
 
     `edges`: the sums between the softmax and the product. Then the output is the sum of several attentions, `terms`, of which
     this is one: its own result times `scale` and `factors`.
+
+    `statistic`: the logsumexp of the same scores, if the graph takes it.
     """
 
     anchor: fx.Node
@@ -84,6 +87,7 @@ class Match:
     dims: dict[str, Any] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
     factors: tuple[OutputFactor, ...] = ()
+    statistic: Statistic | None = None
     terms: tuple[Match, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -109,7 +113,9 @@ def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
     check_dropout_is_private(lifter, frame)
     spec = make_spec(lifter, (score, sink, weight), frame, roles)
     check_gradients(spec, lifter, flow)
-    match = assemble(frame, roles, views, copies, lifter, spec)
+    statistic = find_statistic(frame, roles, spec, flow)
+    match = assemble(frame, roles, views, copies, lifter, replace(spec, logsumexp=statistic is not None))
+    match.statistic = statistic
     try:
         check_capabilities(match, frame, lifter)
     except Refused as refused:

@@ -27,7 +27,7 @@ from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
-_COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
+COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def upwards(node: fx.Node, index: Index) -> tuple[fx.Node | None, Index, list[fx
 def same_elements(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """Through casts and copies, which keep every element in its place."""
     passed: list[fx.Node] = []
-    while node.op == "call_function" and node.target in CASTS | _COPIES:
+    while node.op == "call_function" and node.target in CASTS | COPIES:
         passed.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, tuple(passed)

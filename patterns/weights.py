@@ -97,7 +97,7 @@ def rows_with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     A row of NaN all of whose keys are replaced is zero. Refuses (FF401) where it cannot be told whether all are.
     """
     choices = () if spec.weight is None else zero_choices(spec.weight)
-    if not choices or spec.empty_rows is not EmptyRows.EXACT or not _may_be_nan(spec):
+    if not choices or spec.empty_rows is not EmptyRows.EXACT or not may_be_nan(spec):
         return spec.empty_rows
     builder = Builder()
     keep = None if spec.split.keep is None else builder.include(spec.split.keep)[spec.split.keep.result]
@@ -111,7 +111,7 @@ def rows_with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     return EmptyRows.ZERO
 
 
-def _may_be_nan(spec: AttentionSpec) -> bool:
+def may_be_nan(spec: AttentionSpec) -> bool:
     """Whether all scores of a row can be -inf."""
     never = float("-inf")
     if spec.split.keep is not None and spec.split.fill == never:

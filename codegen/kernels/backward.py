@@ -152,19 +152,19 @@ def descend_keys(
 
 @triton.jit(repr=named("flashfuse_grad_query"))
 def flashfuse_grad_query(
-    query, key, value, out, grad_out, stats, delta, flags, table, grad_query, partial, inputs,
+    query, key, value, out, grad_out, stats, delta, flags, table, grad_query, partial, grad_stats, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
     grad_b, grad_h, grad_m, dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
-    EXACT_DELTA: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    EXACT_DELTA: tl.constexpr, GRAD_STATS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
-    Also delta `[B, H, M]`, the sum over e of out * grad_out (EXACT_DELTA: not of the rounded out), and, where low rows can
-    be, flags `[B, H, blocks of queries]`: whether a block has some. LOW: a second launch, for the low rows, by the whole
-    program.
+    Also delta `[B, H, M]`, the sum over e of out * grad_out (EXACT_DELTA: not of the rounded out; GRAD_STATS: less the gradient
+    of the row's logsumexp), and, where low rows can be, flags `[B, H, blocks of queries]`: whether a block has some. LOW: a
+    second launch, for the low rows, by the whole program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -222,6 +222,8 @@ def flashfuse_grad_query(
                 row_delta = tl.where(low | (total == 0.0), row_delta, exact / total)
             else:
                 row_delta = exact / total
+        if GRAD_STATS:
+            row_delta -= tl.load(grad_stats + place, mask=inside, other=0.0)
         tl.store(delta + place, row_delta, mask=inside)
         if PLANES == 2 and HAS_MASK:
             row_delta = tl.where(low, 0.0, row_delta)

@@ -59,7 +59,8 @@ class AttentionSpec:
     """See the module's text. Frozen and hashable; equality ignores the user's source lines.
 
     `weight` is a program of the leaf `probability`, proportional to it; `sink` one of b, h and m alone. `wide`: the output is
-    float32 whatever the value's dtype, since it is one of several that are summed.
+    float32 whatever the value's dtype, since it is one of several that are summed. `logsumexp`: the row statistics are read
+    too, and have a gradient.
     """
 
     score: ScoreProgram
@@ -68,6 +69,7 @@ class AttentionSpec:
     weight: ScoreProgram | None = None
     sink: ScoreProgram | None = None
     wide: bool = False
+    logsumexp: bool = False
 
     def out_dtype(self, value: torch.dtype) -> torch.dtype:
         """The output's dtype, given the value's."""
@@ -170,7 +172,7 @@ class AttentionSpec:
                 **{name: to_json(program) for name, program in self.programs.items()},
                 "captures": [[c.name, c.kind.value, c.rank] for c in self.captures],
                 "empty_rows": self.empty_rows.value,
-                **({"wide": True} if self.wide else {}),
+                **{name: True for name in ("wide", "logsumexp") if getattr(self, name)},
             },
             separators=(",", ":"),
         )
@@ -204,8 +206,8 @@ def from_text(text: str) -> AttentionSpec:
         raise InternalError(f"spec of format {value.get('flashfuse')}, this flashfuse reads {FORMAT}")
     captures = tuple(Capture(name, Kind(kind), rank) for name, kind, rank in value["captures"])
     weight, sink = (from_json(value[name]) if name in value else None for name in ("weight", "sink"))
-    rows, wide = EmptyRows(value["empty_rows"]), value.get("wide", False)
-    spec = AttentionSpec(from_json(value["score"]), captures, rows, weight, sink, wide)
+    flags = {name: value.get(name, False) for name in ("wide", "logsumexp")}
+    spec = AttentionSpec(from_json(value["score"]), captures, EmptyRows(value["empty_rows"]), weight, sink, **flags)
     spec.verify()
     return spec
 
