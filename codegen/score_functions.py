@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
 from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
+from flashfuse.ir.certainty import Bounded, Certainty
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
-from flashfuse.ir.ranges import Bounded, Certainty
 from flashfuse.ir.score_builder import closure
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flashfuse.chunk_scores import linear_score
+from flashfuse.ir.affine import is_causal
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.mask import LOW_SCORE
-from flashfuse.ir.ranges import is_causal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HIGHEST = 1.0e30  # scores that may be larger, infinite or NaN are left to the exact path

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
-from flashfuse.ir.ranges import Bounded
+from flashfuse.ir.certainty import Bounded
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement, evaluate
@@ -108,7 +108,7 @@ def chunk_ranges(
         table[3] = shape.N
     else:
         found = evaluate(spec.key_ranges.program, leaves.at(first[:, None, None], last[:, None, None]), dtype)
-        table = _stacked(*found, like=table[0])
+        table = _stacked(*found[:4], like=table[0])
     if spec.certainty is not None:
         table = _sharpened(table, _by_certainty(spec, leaves, rows, len(first)))
     lo, hi = table[0], table[1]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.ir.affine import rows_never_empty
 from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, Capture, EmptyRows, plain_load_letters
 from flashfuse.ir.mask import LOW_SCORE
-from flashfuse.ir.ranges import rows_never_empty
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes

@@ -25,6 +25,7 @@ import torch
 
 from flashfuse.errors import InternalError
 from flashfuse.ir import mask, ranges
+from flashfuse.ir.certainty import Certainty, block_certainty
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
@@ -123,12 +124,12 @@ class AttentionSpec:
         return None if self.split.keep is None else ranges.query_ranges(self.split.keep)
 
     @cached_property
-    def certainty(self) -> ranges.Certainty | None:
+    def certainty(self) -> Certainty | None:
         """Interval evaluation of the predicate; None without one, where the closed form already says it all, or where it
         can tell nothing."""
         if self.split.keep is None or (self.key_ranges is not None and self.key_ranges.closed):
             return None
-        found = ranges.block_certainty(self.split.keep)
+        found = block_certainty(self.split.keep)
         return found if found.tells_something else None
 
     @cached_property

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flashfuse.ir.affine import Affine, not_negative
 from flashfuse.ir.derivative import index_letters
-from flashfuse.ir.ranges import Affine, not_negative
 from flashfuse.ir.score_ops import SCORE_OPS
 from flashfuse.ir.score_program import ScoreProgram, bracketed, number_text
 
