@@ -107,7 +107,8 @@ def refusal(call: Call, *, eager: bool = False) -> str:
 
 
 def has_short_ranges(spec: AttentionSpec) -> bool:
-    """Whether a query sees keys near itself only, as in sliding windows and documents: smaller tiles waste less there.
+    """Whether a query sees keys near itself only, as in sliding windows and documents, or its keys have a gap, over which
+    this kernel does not step: smaller tiles waste less there.
 
     A window's range has a lower end that moves with the query; documents compare vectors of queries with those of keys.
     """
@@ -116,6 +117,8 @@ def has_short_ranges(spec: AttentionSpec) -> bool:
         return True
     if found is None:
         return False
+    if spec.has_gaps:
+        return True
     lowest = found.program.statements[found.program.results[0]]
     return lowest.op != "const"
 

@@ -108,6 +108,7 @@ class _Writer:
                 f"SCALE = tl.constexpr({scale!r})  # natural units in a unit of what `kept_score` returns",
                 f"FACTOR = tl.constexpr({scale * math.log2(math.e)!r})  # SCALE * log2(e)",
                 f"HAS_SINK = tl.constexpr({self.spec.sink is not None})  # whether rows have a sink",
+                f"HAS_GAP = tl.constexpr({self.spec.has_gaps})  # whether ranges of keys or queries can have a gap",
             ]
         )
 
@@ -179,16 +180,16 @@ class _Writer:
                 "key_range",
                 self.spec.key_ranges,
                 "N",
-                "Keys of queries first..last: possible [lo, hi), certain [full_lo, full_hi).",
+                "Keys of queries first..last: possible [lo, hi) without [gap_lo, gap_hi), certain [full_lo, full_hi).",
             ),
             ("query_range", self.spec.query_ranges, "M", "The same with queries and keys exchanged."),
         ):
             if found is None:
-                parts.append(function_text(name, parameters, [], f"0, {length}, 0, {length}", purpose))
+                parts.append(function_text(name, parameters, [], f"0, {length}, 0, {length}, 0, 0", purpose))
                 continue
             text = ScoreText(found.program, self.layout, lambda leaf: ("first", "last")[int(leaf.attribute)])  # type: ignore[arg-type]
             ends = ", ".join(r if r in ("0", length) else f"bound({r}, {length})" for r in text.results())
-            parts.append(function_text(name, parameters, text.lines, ends, purpose))
+            parts.append(function_text(name, parameters, text.lines, ends if found.has_gap else f"{ends}, 0, 0", purpose))
         return parts
 
     def capture_gradients(self, wanted: Sequence[int], *, kept: bool) -> list[tuple[ScoreText, dict[int, str]]]:

@@ -34,7 +34,7 @@ from flashfuse.codegen.kernels.plain_score import (
     weight_gradient,
     weighted,
 )  # SPLICE
-from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, store_tile, with_table
+from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, past_gap, store_tile, with_table, without_gap
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
 
 @triton.jit
 def delta_from_scores(
-    q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+    q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,8 @@ def delta_from_scores(
     """
     row_delta = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for first in tl.range(lo, hi, BLOCK_N):
+    for step in tl.range(lo, hi, BLOCK_N):
+        first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
         k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
@@ -105,16 +106,17 @@ def delta_from_scores(
 @triton.jit
 def descend_keys(
     acc, sums, q, do, key, key_n, value, value_n, lse, shift, row_delta, rows, lo, hi, full_lo, full_hi,
-    b, h, m, inside_m, M, N, inputs,
+    gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries, and row sums of captures' gradients, over the key blocks [lo, hi).
+    """Gradient of a block of queries, and row sums of captures' gradients, over the key blocks [lo, hi) past the gap.
 
     WHOLE: the whole program, for the low `rows` only. The rest as in `attend`.
     """
-    for first in tl.range(lo, hi, BLOCK_N):
+    for step in tl.range(lo, hi, BLOCK_N):
+        first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
         k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
@@ -191,14 +193,16 @@ def flashfuse_grad_query(
         if tl.max(low.to(tl.int32), 0) == 0:
             return
         inside = inside & low
-        lo, hi, full_lo, full_hi = 0, N, 0, 0
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = 0, N, 0, 0, 0, 0
     else:
-        lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+        last = tl.minimum(first + BLOCK_M, M) - 1
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = key_range(first, last, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         table += b_wide * table_b + h_wide * table_h
         rows = tl.cdiv(M, TABLE_ROWS)
-        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = with_table(lo, hi, table, first, rows, TABLE_ROWS, BLOCK_M)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
+    hi, gap_lo, skipped = without_gap(lo, hi, gap_lo, gap_hi, BLOCK_N)
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
     do = load_tile(grad_out, grad_m, M - first, E, BLOCK_M, E_PAD, True)
@@ -213,7 +217,8 @@ def flashfuse_grad_query(
             shift = tl.zeros_like(lse)
         if EXACT_DELTA:
             exact, total = delta_from_scores(
-                q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+                q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi,
+                gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
                 D, E, D_PAD, E_PAD, BLOCK_M, BLOCK_N, HAS_MASK, EVEN, SHIFTED, PRECISION,
             )  # fmt: skip
             if HAS_SINK:
@@ -229,7 +234,7 @@ def flashfuse_grad_query(
             row_delta = tl.where(low, 0.0, row_delta)
     acc, sums = descend_keys(
         tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,
-        lse, shift, row_delta, low, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+        lse, shift, row_delta, low, lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION, BRANCH,
     )  # fmt: skip
     store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
@@ -243,16 +248,18 @@ def flashfuse_grad_query(
 @triton.jit
 def descend_queries(
     dk, dv, sums, k, v, query, query_m, grad_out, grad_m, stats, delta, plane, lo, hi, full_lo, full_hi,
-    b, h, n, inside_n, M, N, inputs,
+    gap_lo, skipped, b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values over the query blocks [lo, hi) of one head; tiles are `[keys, queries]`.
+    """Gradients of a block of keys and values over the query blocks [lo, hi) past the gap, of one head.
 
-    KEY, VALUE: which of the two to compute; column sums come with the key's. MASKED and EVEN as in `attend`.
+    Tiles are `[keys, queries]`. KEY, VALUE: which of the two to compute; column sums come with the key's. MASKED and EVEN
+    as in `attend`.
     """
-    for first in tl.range(lo, hi, BLOCK_M):
+    for step in tl.range(lo, hi, BLOCK_M):
+        first = past_gap(step, gap_lo, skipped)
         row = first + tl.arange(0, BLOCK_M)
         m = row[None, :]
         inside = tl.full([BLOCK_M], 1, tl.int1) if EVEN else row < M
@@ -369,15 +376,16 @@ def flashfuse_grad_key_value(
         q_head = query + b_wide * query_b + h_wide * query_h
         do_head = grad_out + b_wide * grad_b + h_wide * grad_h
         sums = start_column_sums(BLOCK_N)
-        lo, hi, full_lo, full_hi = query_range(first, last, b, h, M, N, inputs)
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = query_range(first, last, b, h, M, N, inputs)
         if TABLE_ROWS > 0:
             own = table + b_wide * table_b + h_wide * table_h + tl.cdiv(M, TABLE_ROWS) * 6  # behind the queries' rows
             rows = tl.cdiv(N, TABLE_ROWS)
-            lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, own, first, rows, TABLE_ROWS, BLOCK_N)
+            lo, hi, full_lo, full_hi, gap_lo, gap_hi = with_table(lo, hi, own, first, rows, TABLE_ROWS, BLOCK_N)
         lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_M)
+        hi, gap_lo, skipped = without_gap(lo, hi, gap_lo, gap_hi, BLOCK_M)
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
-            lo, hi, full_lo, full_hi, b, h, n, inside_n, M, N, inputs,
+            lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, n, inside_n, M, N, inputs,
             D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH, KEY, VALUE,
         )  # fmt: skip
         if SUMS and KEY:

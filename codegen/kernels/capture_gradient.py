@@ -51,7 +51,7 @@ def flashfuse_grad_capture(
         g_wide = tl.cast(h // GROUP, tl.int64)
         place = (b_wide * H + h) * M + row
         lse, shift, row_delta = load_rows(stats, delta, place, plane, row < M, PLANES)
-        lo, hi, _full_lo, _full_hi = key_range(first_m, last_m, b, h, M, N, inputs)
+        lo, hi, _full_lo, _full_hi, _gap_lo, _gap_hi = key_range(first_m, last_m, b, h, M, N, inputs)
         visible = (first_n < hi) & (first_n + BLOCK_N > lo)
         low = shift != 0.0
         if PLANES == 2 and HAS_MASK:

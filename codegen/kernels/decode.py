@@ -9,7 +9,7 @@ import triton.language as tl
 
 from flashfuse.codegen.kernels.forward import attend, finish
 from flashfuse.codegen.kernels.plain_score import FACTOR, HAS_SINK, SCALE, key_range, named, sink_score  # SPLICE
-from flashfuse.codegen.kernels.tiles import block_aligned
+from flashfuse.codegen.kernels.tiles import block_aligned, without_gap
 
 
 @triton.jit(repr=named("flashfuse_decode"))
@@ -40,8 +40,9 @@ def flashfuse_decode(
     key += b_wide * key_b + g_wide * key_g
     value += b_wide * value_b + g_wide * value_g
 
-    lo, hi, full_lo, full_hi = key_range(0, M - 1, b, head, M, N, inputs)
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = key_range(0, M - 1, b, head, M, N, inputs)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
+    hi, gap_lo, skipped = without_gap(lo, hi, gap_lo, gap_hi, BLOCK_N)
     share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
     lo = lo + split * share
     hi = tl.minimum(hi, lo + share)
@@ -52,7 +53,7 @@ def flashfuse_decode(
     acc, total, top = attend(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), tl.zeros([BLOCK_M], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32), q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
-        b, h, m, inside_m, M, N, inputs,
+        gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, EVEN, SHIFTED, False, PRECISION, BRANCH,
     )  # fmt: skip
 

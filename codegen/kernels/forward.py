@@ -19,7 +19,7 @@ from flashfuse.codegen.kernels.plain_score import (
     sink_score,
     weighted,
 )  # SPLICE
-from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, store_tile, with_table
+from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, past_gap, store_tile, with_table, without_gap
 
 
 @triton.jit
@@ -34,18 +34,20 @@ def masked(x, b, h, m, n, inside_m, inside_n, inside, M, N, inputs, MASKED: tl.c
 
 @triton.jit
 def attend(
-    acc, total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi, b, h, m, inside_m, M, N, inputs,
+    acc, total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi, gap_lo, skipped,
+    b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the key blocks [lo, hi): the accumulator, the sum of exponentials and the largest score so far.
+    """Attend to the key blocks [lo, hi) past the gap: the accumulator, the sum of exponentials and the largest score so far.
 
     One loop: only blocks outside [full_lo, full_hi) take the branch that masks; without BRANCH all blocks are masked.
     MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the
     maximum before any scaling, as scores near the smallest float and float32's precision need it.
     """
-    for first in tl.range(lo, hi, BLOCK_N):
+    for step in tl.range(lo, hi, BLOCK_N):
+        first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
         k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
@@ -144,14 +146,16 @@ def flashfuse_forward(
         low_rows = tl.load(stats + plane, mask=row < M, other=0.0) != 0.0
         if tl.max(low_rows.to(tl.int32), 0) == 0:
             return
-        lo, hi, full_lo, full_hi = 0, N, 0, 0
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = 0, N, 0, 0, 0, 0
     else:
-        lo, hi, full_lo, full_hi = key_range(first, tl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+        last = tl.minimum(first + BLOCK_M, M) - 1
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = key_range(first, last, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         table += b_wide * table_b + h_wide * table_h
         rows = tl.cdiv(M, TABLE_ROWS)
-        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
+        lo, hi, full_lo, full_hi, gap_lo, gap_hi = with_table(lo, hi, table, first, rows, TABLE_ROWS, BLOCK_M)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, full_hi, BLOCK_N)
+    hi, gap_lo, skipped = without_gap(lo, hi, gap_lo, gap_hi, BLOCK_N)
 
     q = load_tile(query, query_m, M - first, D, BLOCK_M, D_PAD, True)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -162,7 +166,7 @@ def flashfuse_forward(
         top = sink if LOW else sink / SCALE
     acc, total, top = attend(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
-        b, h, m, inside_m, M, N, inputs,
+        gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED or LOW, LOW, PRECISION, BRANCH,
     )  # fmt: skip
 

@@ -99,7 +99,8 @@ def keys_of(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TABLE_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The blocks of keys [lo, hi) of a tile, how many they are, and those that need no mask, [full_lo, full_hi)."""
-    lo, hi, full_lo, full_hi = key_range(first, gl.minimum(first + BLOCK_M, M) - 1, b, h, M, N, inputs)
+    last = gl.minimum(first + BLOCK_M, M) - 1
+    lo, hi, full_lo, full_hi, _gap_lo, _gap_hi = key_range(first, last, b, h, M, N, inputs)
     if TABLE_ROWS > 0:
         table += b.to(gl.int64) * table_b + h.to(gl.int64) * table_h
         rows = (M + TABLE_ROWS - 1) // TABLE_ROWS

@@ -15,6 +15,7 @@ from flashfuse.codegen.kernels.maths import like
 SCALE = tl.constexpr(1.0)  # natural units in a unit of what `kept_score` returns
 FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
 HAS_SINK = tl.constexpr(False)  # whether rows have a sink
+HAS_GAP = tl.constexpr(False)  # whether ranges of keys or queries can have a gap
 
 
 def named(kernel):
@@ -72,14 +73,17 @@ def weight_gradient(p, grad, b, h, m, n, inside_m, inside_n, M, N, inputs):
 
 @triton.jit
 def key_range(first, last, b, h, M, N, inputs):
-    """For queries first..last: lo, hi, full_lo, full_hi. Keys outside [lo, hi) are never kept, those in full always."""
-    return 0, N, 0, N
+    """For queries first..last: keys outside [lo, hi) or inside [gap_lo, gap_hi) are never kept, those in full always.
+
+    Returned in the order lo, hi, full_lo, full_hi, gap_lo, gap_hi.
+    """
+    return 0, N, 0, N, 0, 0
 
 
 @triton.jit
 def query_range(first, last, b, h, M, N, inputs):
     """The same with queries and keys exchanged."""
-    return 0, M, 0, M
+    return 0, M, 0, M, 0, 0
 
 
 # Gradients of captures. Sums over keys (`row`, in the dq kernel) and over queries (`column`, in the dkdv kernel) are

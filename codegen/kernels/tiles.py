@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from flashfuse.codegen.kernels.plain_score import HAS_GAP  # SPLICE
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOW_SCORE = tl.constexpr(-1.5e4)  # rows whose largest kept score is not above this take the whole program
@@ -44,8 +46,27 @@ def block_aligned(lo, full_lo, full_hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrow a range of the rows [first, first + BLOCK) by their rows of a range table; its full run is the wider proof.
+def without_gap(lo, hi, gap_lo, gap_hi, BLOCK: tl.constexpr):
+    """The end of a range whose first block is `lo` when its gap is cut out, the gap's first block, and how much is cut out."""
+    skipped = 0
+    if HAS_GAP:
+        gap_lo = tl.maximum((gap_lo + BLOCK - 1) // BLOCK * BLOCK, lo)
+        skipped = tl.maximum(tl.minimum(gap_hi // BLOCK * BLOCK, (hi + BLOCK - 1) // BLOCK * BLOCK) - gap_lo, 0)
+        hi -= skipped
+    return hi, gap_lo, skipped
+
+
+@triton.jit
+def past_gap(step, gap_lo, skipped):
+    """The block that a step of the loop over a range without its gap is for."""
+    if HAS_GAP:
+        step += tl.where(step >= gap_lo, skipped, 0)
+    return step
+
+
+@triton.jit
+def with_table(lo, hi, table, first, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Narrow the range of the rows [first, first + BLOCK) by their rows of a range table; the rest is the table's.
 
     `table` has `blocks` rows, each for ROWS rows of the tensors.
     """
@@ -55,6 +76,8 @@ def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: tl.constexp
         table_hi = tl.load(row + 1)
         full_lo = tl.load(row + 2)
         full_hi = tl.load(row + 3)
+        gap_lo = tl.load(row + 4)
+        gap_hi = tl.load(row + 5)
     else:
         place = first // ROWS + tl.arange(0, BLOCK // ROWS)
         row = table + place * 6
@@ -62,4 +85,6 @@ def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: tl.constexp
         table_hi = tl.max(tl.load(row + 1, mask=place < blocks, other=0), 0)
         full_lo = tl.max(tl.load(row + 2, mask=place < blocks, other=0), 0)
         full_hi = tl.min(tl.load(row + 3, mask=place < blocks, other=2147483647), 0)
-    return tl.maximum(lo, table_lo), tl.minimum(hi, table_hi), full_lo, full_hi
+        gap_lo = tl.max(tl.load(row + 4, mask=place < blocks, other=0), 0)
+        gap_hi = tl.min(tl.load(row + 5, mask=place < blocks, other=2147483647), 0)
+    return tl.maximum(lo, table_lo), tl.minimum(hi, table_hi), full_lo, full_hi, gap_lo, gap_hi

@@ -105,6 +105,11 @@ def is_causal(keep: ScoreProgram) -> bool:
     return not_negative(keep, op, statement.operands) == Affine(1, -1, 0, ()) if op in FLIPPED else False
 
 
+def is_union(keep: ScoreProgram) -> bool:
+    """Whether a predicate says "or", in whatever way, of something about positions or tensors."""
+    return keep.uses("or") or keep.uses("xor") or keep.uses("where_bool") or (keep.uses("not") and keep.uses("and"))
+
+
 def _combine(a: Affine, b: Affine, sign: int) -> Affine | None:
     """`a + sign * b`; None if an index would occur plain and in steps."""
     if (a.m and b.m and a.m_step != b.m_step) or (a.n and b.n and a.n_step != b.n_step):

@@ -25,6 +25,7 @@ import torch
 
 from flashfuse.errors import InternalError
 from flashfuse.ir import mask, ranges
+from flashfuse.ir.affine import is_union
 from flashfuse.ir.certainty import Certainty, block_certainty
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.score_builder import Builder
@@ -131,6 +132,13 @@ class AttentionSpec:
             return None
         found = block_certainty(self.split.keep)
         return found if found.tells_something else None
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether kernels may have blocks to skip between two that they visit."""
+        found = (self.key_ranges, self.query_ranges)
+        closed = any(each is not None and each.has_gap for each in found)
+        return closed or (self.certainty is not None and self.split.keep is not None and is_union(self.split.keep))
 
     @cached_property
     def mask_alone(self) -> tuple[AttentionSpec, tuple[int, ...]] | None:

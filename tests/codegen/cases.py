@@ -189,6 +189,36 @@ def _masks() -> list[Case]:
             shape=square,
         ),
         _mask_case(
+            "sinks_window",
+            lambda p: (p.n <= p.m) & ((p.n < 4) | (p.m - p.n < 20)),
+            lambda c, z, i: (i[3] <= i[2]) & ((i[3] < 4) | (i[2] - i[3] < 20)),
+            IMPOSSIBLE,
+            shape=(1, 2, 1, 75, 75, 16, 16),
+        ),
+        _mask_case(
+            "strips_finite",
+            lambda p: (p.n < p.m - 50) | (p.n > p.m + 40),
+            lambda c, z, i: (i[3] < i[2] - 50) | (i[3] > i[2] + 40),
+            EXACT,
+            fill=LOWEST,
+            shape=(1, 2, 1, 75, 75, 16, 16),
+        ),
+        _mask_case(
+            "chunks",
+            lambda p: (p.n <= p.m) & p.m.apply("floordiv", p.m, 20).eq(p.n.apply("floordiv", p.n, 20)),
+            lambda c, z, i: (i[3] <= i[2]) & (i[3] // 20 == i[2] // 20),
+            IMPOSSIBLE,
+            shape=(1, 2, 1, 75, 75, 16, 16),
+        ),
+        _mask_case(
+            "documents_global",
+            lambda p: (documents(p) & (p.n <= p.m)) | (p.n < 2),  # type: ignore[operator]
+            lambda c, z, i: ((c[0][:, None, :, None] == c[0][:, None, None, :]) & (i[3] <= i[2])) | (i[3] < 2),
+            IMPOSSIBLE,
+            captures=lambda g: [torch.arange(75).expand(2, 75) // torch.tensor([[25], [70]])],
+            shape=square,
+        ),
+        _mask_case(
             "tensor_mask",
             lambda p: p.capture("mask", Kind.BOOL, p.zero, p.h, p.m, p.n),
             lambda c, z, i: c[0],

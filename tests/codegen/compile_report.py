@@ -59,6 +59,8 @@ def named_spec(name: str) -> AttentionSpec:
         return p.spec(p.masked(p.n <= p.m, scaled, LOWEST))
     if name == "window":
         return p.spec(p.masked((p.n <= p.m) & (p.m - p.n < 256), scaled, never), EmptyRows.IMPOSSIBLE)
+    if name == "window_sinks":
+        return p.spec(p.masked((p.n <= p.m) & ((p.n < 4) | (p.m - p.n < 256)), scaled, never), EmptyRows.IMPOSSIBLE)
     if name == "softcap":
         capped = (p.s * 0.02).apply("tanh", p.s * 0.02) * 50.0
         return p.spec(p.masked(p.n <= p.m, capped, never), EmptyRows.IMPOSSIBLE)

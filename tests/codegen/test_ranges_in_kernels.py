@@ -27,11 +27,23 @@ CPU = torch.device("cpu")
 
 @triton.jit
 def ends(out, function: tl.constexpr, first, last, b, h, M, N, inputs):
-    lo, hi, full_lo, full_hi = function(first, last, b, h, M, N, inputs)
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = function(first, last, b, h, M, N, inputs)
     tl.store(out, lo)
     tl.store(out + 1, hi)
     tl.store(out + 2, full_lo)
     tl.store(out + 3, full_hi)
+    tl.store(out + 4, gap_lo)
+    tl.store(out + 5, gap_hi)
+
+
+@triton.jit
+def walk(
+    out, aligned: tl.constexpr, without_gap: tl.constexpr, past_gap: tl.constexpr, lo, hi, gap_lo, gap_hi, BLOCK: tl.constexpr
+):
+    lo, _full_lo, _full_hi = aligned(lo, 0, 0, BLOCK)
+    hi, gap_lo, skipped = without_gap(lo, hi, gap_lo, gap_hi, BLOCK)
+    for step in tl.range(lo, hi, BLOCK):
+        tl.store(out + past_gap(step, gap_lo, skipped), 1)
 
 
 def kept(case: Case, captures: list[torch.Tensor]) -> torch.Tensor:
@@ -56,7 +68,7 @@ def kept(case: Case, captures: list[torch.Tensor]) -> torch.Tensor:
 
 def check(mask: torch.Tensor, found: list[int]) -> None:
     """`mask` is `[own side, other side]` of one block."""
-    lo, hi, full_lo, full_hi, gap_lo, gap_hi = (*found, 0, 0)[:6]
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = found
     assert not mask[:, :lo].any()
     assert not mask[:, hi:].any()
     assert not mask[:, gap_lo:gap_hi].any()
@@ -73,7 +85,7 @@ def test_closed_forms(case: Case) -> None:
     mask = kept(case, inputs.captures)
     module = kernel_module(case.spec)
     arguments = launch.Call(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes).inputs
-    out = torch.empty(4, dtype=torch.int64)
+    out = torch.empty(6, dtype=torch.int64)
     for b in range(B):
         for function, length, plane in (
             (module.key_range, M, mask[b, 0]), (module.query_range, N, mask[b, 0].T),
@@ -129,6 +141,31 @@ def test_tables_skip_what_lies_between() -> None:
 def test_causal_ranges_are_sharp() -> None:
     case = next(c for c in CASES if c.name == "causal")
     module = kernel_module(case.spec)
-    out = torch.empty(4, dtype=torch.int64)
+    out = torch.empty(6, dtype=torch.int64)
     ends[(1,)](out, module.key_range, 32, 47, 0, 0, 75, 75, ())
-    assert out.tolist() == [0, 48, 0, 33]
+    assert out.tolist() == [0, 48, 0, 33, 0, 0]
+
+
+GAPS = ((0, 75, 4, 45), (20, 70, 33, 60), (0, 75, 0, 0), (3, 75, 3, 30), (10, 33, 20, 80), (40, 10, 0, 75))
+
+
+@pytest.mark.parametrize("ends", GAPS)
+def test_loops_skip_gaps_and_nothing_else(ends: tuple[int, int, int, int]) -> None:
+    """Every element of a range outside of its gap lies in a block that is visited, no block inside the gap is."""
+    lo, hi, gap_lo, gap_hi = ends
+    module = kernel_module(next(c for c in CASES if c.name == "sinks_window").spec)
+    out = torch.zeros(96, dtype=torch.int32)
+    functions = (module.block_aligned, module.without_gap, module.past_gap)
+    walk[(1,)](out, *functions, lo, hi, gap_lo, gap_hi, 16)
+    visited = set(out.nonzero().flatten().tolist())
+    wanted = {x // 16 * 16 for x in range(lo, hi) if not gap_lo <= x < gap_hi}
+    assert wanted <= visited
+    assert not [first for first in visited if gap_lo <= first and first + 16 <= gap_hi]
+    assert not [first for first in visited if first >= hi or first + 16 <= lo]
+
+
+def test_sink_tokens_leave_a_gap() -> None:
+    module = kernel_module(next(c for c in CASES if c.name == "sinks_window").spec)
+    out = torch.empty(6, dtype=torch.int64)
+    ends[(1,)](out, module.key_range, 64, 74, 0, 0, 75, 75, ())
+    assert out.tolist() == [0, 75, 55, 65, 4, 45]
