@@ -19,7 +19,16 @@ from flashfuse.codegen.kernels.plain_score import (
     sink_score,
     weighted,
 )  # SPLICE
-from flashfuse.codegen.kernels.tiles import LOG2E, LOW_SCORE, block_aligned, load_tile, past_gap, store_tile, with_table, without_gap
+from flashfuse.codegen.kernels.tiles import (
+    LOG2E,
+    LOW_SCORE,
+    block_aligned,
+    load_tile,
+    past_gap,
+    store_tile,
+    with_table,
+    without_gap,
+)
 
 
 @triton.jit
