@@ -20,7 +20,7 @@ import sys
 import torch
 from measure import ResultFile
 
-from flashfuse.codegen import launch
+from flashfuse.codegen import launch, tuning
 from flashfuse.codegen.capture_gradients import capture_gradients
 from flashfuse.codegen.plan import Tile
 from flashfuse.ir.attention_spec import AttentionSpec, Capture, EmptyRows
@@ -143,7 +143,7 @@ def time_all(cases: list[tuple[str, int]], options: argparse.Namespace) -> None:
             row = {"mask": mask, "head_dim": head_dim, "kernel": kernel, "tile": name}
             try:
                 compiled = launcher(tile)
-                row["spills"] = launch.spills(compiled)
+                row["spills"] = tuning.spills(compiled)
                 first = expected.setdefault(kernel, [each.clone() for each in computed])
                 row["difference"] = max(float((x.float() - y.float()).abs().max()) for x, y in zip(computed, first, strict=True))
                 row["ms"] = triton.testing.do_bench(lambda: launcher(tile), warmup=5, rep=25, return_mode="median")  # noqa: B023

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from flashfuse.codegen import decode, hopper, kernel_choice
+from flashfuse.codegen import decode, hopper, kernel_choice, tuning
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
 from flashfuse.codegen.launches import Launches, interpreting
-from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan
+from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
 from flashfuse.codegen.range_tables import Table, write_table
 from flashfuse.codegen.range_tables import block_ranges as block_ranges  # `attention_op` finds it here
 from flashfuse.codegen.replay import Recording, repeated
@@ -91,7 +91,7 @@ def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
     if split is not None:
         decode.run(call, split, target, stats)
     elif not (hopper.takes(call) and hopper.forward(call, target, stats)):
-        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False))
+        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False), (target, stats))
     if call.low_rows:
         call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
     if target is not out:
@@ -148,8 +148,17 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
     grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
-    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=False))  # first
-    call.launch("grad_key_value", lambda tile: _grad_key_value(call, tile, grad_key, grad_value, gradients.column_partial))
+    rows, columns = gradients.row_partial, gradients.column_partial
+    call.launch(
+        "grad_query",  # first: it makes delta
+        lambda tile: _grad_query(call, tile, grad_query, gradients, low=False),
+        (grad_query, call.delta, *_there(rows)),
+    )
+    call.launch(
+        "grad_key_value",
+        lambda tile: _grad_key_value(call, tile, grad_key, grad_value, columns),
+        (grad_key, grad_value, *_there(columns)),
+    )
     if call.low_rows:
         call.launch(
             "grad_key_value",
@@ -231,34 +240,70 @@ class Call(Launches):
         """The three leading strides of each."""
         return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
-    def launch(self, kernel: str, attempt: Callable[[Tile], Any], *, repeatable: bool = True) -> None:
-        """Run `attempt`, which returns the compiled kernel, with the first tile of the plan that suits the device.
+    def launch(
+        self, kernel: str, attempt: Callable[[Tile], Any], results: Sequence[Tensor] = (), *, repeatable: bool = True
+    ) -> None:
+        """Run `attempt`, which returns the compiled kernel, with the tile that suits the device, or that tuning found.
 
-        A tile whose kernel exceeds shared memory is passed over; so is one that spills registers, if `repeatable`
-        (running it twice does no harm) and a later one spills less. The choice is remembered for the process.
+        Only a launch that says which tensors are its `results` is tuned. `repeatable`: running it twice does no harm.
         """
         capability = _capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
         plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded))
-        tiles: tuple[Tile, ...] = getattr(plan, kernel)
         identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
-        if identity in _chosen:
-            attempt(tiles[_chosen[identity]])
+        if not results or not tuning.requested(self.spec.key):
+            _settle(identity, plan, kernel, attempt, repeatable)
             return
-        best: tuple[int, int] | None = None  # (spills, number)
-        for number, tile in enumerate(tiles):
-            if best is not None and (best[0] <= plan.bearable(tile) or not repeatable):
-                break
+        candidates = tuning_candidates(plan, kernel)
+        key = tuning.key_of(self, kernel, self.constants["PRECISION"])
+        found = tuning.result_for(key, candidates)
+        if found is not None:
             try:
-                compiled = attempt(tile)
-            except OutOfResources:
-                if number + 1 == len(tiles) and best is None:
-                    raise
-                continue
-            found = (spills(compiled), number)
-            best = min(best or found, found)
-        if best is not None and repeatable:
-            _chosen[identity] = best[1]
+                attempt(found)
+                return
+            except OutOfResources:  # another alignment than when it was tuned
+                pass
+        default = _settle(identity, plan, kernel, attempt, repeatable)
+        if found is None and tuning.possible(self):
+            tuning.tune(key, attempt, results, default, candidates, self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding of the products."""
+        if self.query.element_size() == 4 and self.value.element_size() == 4:
+            return 2.0**-10 if self.constants["PRECISION"] == "tf32" else 2.0**-17
+        return max(torch.finfo(tensor.dtype).eps for tensor in (self.query, self.value))
+
+
+def _settle(
+    identity: tuple[Any, ...], plan: KernelPlan, kernel: str, attempt: Callable[[Tile], Any], repeatable: bool
+) -> Tile:
+    """Run `attempt` with the first tile of the plan that suits the device, and return it.
+
+    A tile whose kernel exceeds shared memory is passed over; so is one that spills registers, if `repeatable`
+    and a later one spills less. The choice is remembered for the process.
+    """
+    tiles: tuple[Tile, ...] = getattr(plan, kernel)
+    if identity in _chosen:
+        attempt(tiles[_chosen[identity]])
+        return tiles[_chosen[identity]]
+    best: tuple[int, int] | None = None  # (spills, number)
+    for number, tile in enumerate(tiles):
+        if best is not None and (best[0] <= plan.bearable(tile) or not repeatable):
+            break
+        try:
+            compiled = attempt(tile)
+        except OutOfResources:
+            if number + 1 == len(tiles) and best is None:
+                raise
+            continue
+        found = (tuning.spills(compiled), number)
+        best = min(best or found, found)
+    if best is None:
+        raise InternalError(f"no tiles for {kernel}")
+    if repeatable:
+        _chosen[identity] = best[1]
+    return tiles[best[1]]
 
 
 @cache
@@ -285,11 +330,6 @@ def _precision(query: Tensor) -> str:
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee" if interpreting() else "bf16x6"
-
-
-def spills(compiled: Any) -> int:
-    """Registers that a thread of a compiled kernel spills; the interpreter has none."""
-    return int(getattr(compiled, "n_spills", 0) or 0)
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -344,7 +384,7 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
         )
         for wanted in (("k", "v") if tile.split else ("kv",))
     ]  # fmt: skip
-    return max(compiled, key=spills)
+    return max(compiled, key=tuning.spills)
 
 
 def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:

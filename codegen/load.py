@@ -54,7 +54,7 @@ def write_kernel(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = Fa
     if path.exists() and not _is_generated(path.read_text(encoding="utf-8")):
         log.warning("%s was edited and is left alone; FLASHFUSE_OVERRIDE=%s uses it", path, folder)
         return write_module(text)
-    _write_atomically(path, _sealed(text + tail))
+    write_atomically(path, _sealed(text + tail))
     return path
 
 
@@ -117,7 +117,7 @@ def write_module(text: str) -> Path:
         try:
             if _intact(path, text):
                 return path
-            _write_atomically(path, text)
+            write_atomically(path, text)
             return path
         except OSError as error:
             failures.append(f"{folder}: {error}")
@@ -139,11 +139,12 @@ def remembered(name: str, find: Callable[[], str]) -> str:
     except OSError:
         said = find()
     with contextlib.suppress(OSError):  # then it is found again next time
-        _write_atomically(path, said)
+        write_atomically(path, said)
     return said
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; its folder is made. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

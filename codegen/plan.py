@@ -110,6 +110,13 @@ _LAST = (_T(32, 32, 4, 1), _T(16, 16, 4, 1))  # fit wherever Triton runs
 _GRAD_CAPTURE = (_T(64, 64, 8, 1),)
 _GRAD_CAPTURE_512 = (_T(64, 32, 8, 1), _T(16, 16, 8, 1))
 _DECODE = (_T(16, 64, 4, 3), _T(16, 32, 4, 2), _T(16, 16, 4, 1))
+_TUNED: dict[str, tuple[Tile, ...]] = {  # further candidates under max-autotune; what does not fit or spills drops out
+    "forward": (_T(64, 64, 4, 3), _T(128, 64, 8, 3), _T(128, 64, 8, 2), _T(128, 128, 8, 2), _T(64, 32, 4, 3)),
+    "grad_query": (_T(64, 64, 4, 3), _T(64, 64, 4, 2), _T(128, 64, 8, 2), _T(64, 32, 4, 3)),
+    "grad_key_value": (
+        _T(32, 64, 4, 3), _T(64, 128, 8, 2), _T(32, 128, 8, 2), _T(32, 128, 8, 2, split=True), _T(64, 64, 4, 2, split=True)
+    ),
+}  # fmt: skip
 _LAST_SPILLS = 48  # registers a thread
 _SPILLS = {"sm_90": 48, "sm_80": 0}  # measured on an H100: 28 cost less than a smaller tile
 _INTERPRETER = KernelPlan((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 1, 1),), (_T(16, 16, 1, 1),), (_T(16, 32, 1, 1),))
@@ -130,3 +137,9 @@ def kernel_plan(
     forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[(architecture, itemsize, bucket)])
     grad_capture = _GRAD_CAPTURE_512 if bucket == 512 else _GRAD_CAPTURE
     return KernelPlan(forward, grad_query, grad_key_value, grad_capture + _LAST, _DECODE, _SPILLS[architecture])
+
+
+def tuning_candidates(plan: KernelPlan, kernel: str) -> tuple[Tile, ...]:
+    """The tiles to be timed for a kernel: those of the plan's own row, and a few of other shapes."""
+    own = tuple(tile for tile in getattr(plan, kernel) if tile not in _LAST)
+    return own if plan is _INTERPRETER else tuple(dict.fromkeys(own + _TUNED.get(kernel, ())))

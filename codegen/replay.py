@@ -232,6 +232,12 @@ def repeated(
     return results
 
 
+def forget() -> None:
+    """Record all calls anew."""
+    _replays.clear()
+    _seen.clear()
+
+
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches; then Triton's own way is taken."""
     runtime = _runtime_knobs()

@@ -50,10 +50,25 @@ def flashfuse(
         _dump(result, chosen)
     if chosen.strict:
         _insist(result.record)
+    if chosen.tunes:
+        _tune(result.module)
     compiled = compile_inner(result.module, example_inputs, chosen)
     count(result.record)  # only now: Dynamo may give this capture up and start over
     tell(result)
     return compiled
+
+
+def _tune(module: fx.GraphModule) -> None:
+    """Have the kernels of every attention in the graph and its sub-graphs tuned when they first run."""
+    attention = getattr(torch.ops.flashfuse, "attention", None)
+    if attention is None:
+        return
+    from flashfuse.codegen import tuning
+    from flashfuse.ir.attention_spec import from_text
+
+    graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
+    calls = [node for graph in graphs for node in graph.nodes if node.target is attention.default]
+    tuning.request(from_text(node.args[5]).key for node in calls)
 
 
 def _dump(result: Fused, options: Options) -> None:

@@ -257,7 +257,8 @@ def _cache(chosen: argparse.Namespace) -> int:
     from flashfuse.report_text import bytes_text
 
     folder = cache_folder()
-    files = sorted(folder.glob("attention_*.py"), key=lambda path: path.stat().st_mtime) if folder.exists() else []
+    kernels, tuned = folder.glob("attention_*.py"), (folder / "tuned").glob("*.json")
+    files = sorted((*kernels, *tuned), key=lambda path: path.stat().st_mtime) if folder.exists() else []
     total = sum(path.stat().st_size for path in files)
     if chosen.action == "clear":
         for path in files:
@@ -271,11 +272,15 @@ def _cache(chosen: argparse.Namespace) -> int:
         for path in files:
             out.print(f"{path.name}  {bytes_text(path.stat().st_size)}  {_title(path)}", markup=False)
     word = "removed" if chosen.action == "clear" else "in"
-    out.print(f"{len(files)} kernels, {bytes_text(total)} {word} {folder}", markup=False)
+    results = sum(path.suffix == ".json" for path in files)
+    words = f"{len(files) - results} kernels" + (f", {results} tuning results" if results else "")
+    out.print(f"{words}, {bytes_text(total)} {word} {folder}", markup=False)
     return OK
 
 
 def _title(path: Path) -> str:
-    """The formulas in a kernel's docstring."""
+    """The formulas in a kernel's docstring, or what a tuning result is for."""
+    if path.suffix == ".json":
+        return f"{path.parent.name} tiles"
     lines = path.read_text(encoding="utf-8").splitlines()[2:4]
     return "; ".join(line.strip() for line in lines if line.startswith("    ") and "rows without" not in line)

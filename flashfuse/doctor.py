@@ -108,7 +108,8 @@ def _cache() -> Finding:
             pass
     except OSError as error:
         return Finding("cache", "less", f"{folder}: {error}", "set FLASHFUSE_CACHE_DIR to a folder that can be written")
-    return Finding("cache", "ok", f"{folder}, {len(list(folder.glob('attention_*.py')))} kernels")
+    kernels, tuned = len(list(folder.glob("attention_*.py"))), len(list((folder / "tuned").glob("*.json")))
+    return Finding("cache", "ok", f"{folder}, {kernels} kernels" + (f", {tuned} tuning results" if tuned else ""))
 
 
 def _extras() -> Finding:

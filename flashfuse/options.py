@@ -38,6 +38,11 @@ class Options:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def tunes(self) -> bool:
+        """Whether kernels are to be tuned at their first call: under the modes "max-autotune..." as Inductor's own are."""
+        return (self.mode or "").startswith("max-autotune") or bool(self.inductor.get("max_autotune"))
+
 
 _OWN = ("inner", "strict", "sdpa", "kernel", "dump")
 

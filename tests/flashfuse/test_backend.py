@@ -63,6 +63,35 @@ def test_inductors_options_and_mode_are_passed_on():
         torch.testing.assert_close(out, attention(q, k, v), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "options", "tuned"),
+    [
+        ("max-autotune", {}, 2),
+        ("max-autotune-no-cudagraphs", {}, 2),
+        (None, {"max_autotune": True}, 2),
+        ("reduce-overhead", {}, 0),
+        (None, {}, 0),
+    ],
+)
+def test_max_autotune_asks_for_tuning(mode: str | None, options: dict, tuned: int, monkeypatch: pytest.MonkeyPatch):
+    from flashfuse.codegen import tuning
+
+    monkeypatch.setattr(tuning, "_requested", set())
+
+    def half(q, k, v):
+        return (q @ k.mT * 0.5).softmax(-1) @ v
+
+    def function(q, k, v):
+        return checkpoint(half, q, k, v, use_reentrant=False) + (q @ k.mT).softmax(-1) @ v  # one of them in a sub-graph
+
+    def with_mode(module, inputs):
+        return backend.flashfuse(module, inputs, mode=mode, options={"inner": "eager", **options})
+
+    inputs = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
+    torch.testing.assert_close(torch.compile(function, backend=with_mode)(*inputs), function(*inputs), atol=1e-5, rtol=1e-5)
+    assert len(tuning._requested) == tuned
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", lambda module, inputs: module.forward], ids=["eager", "aot", "callable"])
 def test_every_inner_compiler_gets_a_graph_that_runs(inner):
     q, k, v = qkv()

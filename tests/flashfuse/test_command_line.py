@@ -107,6 +107,8 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    from flashfuse import doctor
+
     monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path / "kernels"))
     assert main(["cache", "size"]) == OK
     assert "0 kernels" in capsys.readouterr().out
@@ -114,11 +116,16 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     other = tmp_path / "kernels" / "mine.txt"
     other.write_text("")
     (tmp_path / "kernels" / "attention_1.py").write_text('"""flashfuse attention 1\n\n    score  s * 0.125\n"""\n')
+    (tmp_path / "kernels" / "tuned").mkdir()
+    (tmp_path / "kernels" / "tuned" / "1.json").write_text("{}")
     assert main(["cache"]) == OK
-    assert "s * 0.125" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "s * 0.125" in listed
+    assert "1 kernels, 1 tuning results" in listed
+    assert doctor._cache().found.endswith("1 kernels, 1 tuning results")
     assert main(["cache", "clear", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["bytes"] > 0
-    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in (tmp_path / "kernels").rglob("*")) == ["mine.txt", "tuned"]
 
 
 def test_without_rich_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
