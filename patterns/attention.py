@@ -16,6 +16,7 @@ from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, Atte
 from flashfuse.ir.mask import LOW_SCORE
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
+from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import shape, value_of
@@ -178,10 +179,12 @@ def make_spec(
     score, sink, weight = values
     _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
+    weighted, sinking = weight_program(weight), sink_program(sink)
+    program, weighted, sinking = _with_captures_that_are_read(lifter, program, weighted, sinking)
     captures = declared(lifter)
     narrow = value_of(frame.output).dtype in (torch.float16, torch.bfloat16)
     spec = AttentionSpec(
-        program, captures, EmptyRows.EXACT, weight_program(weight), sink_program(sink), wide=bool(frame.edges) and narrow
+        program, captures, EmptyRows.EXACT, weighted, sinking, wide=bool(frame.edges) and narrow
     )
     square = axes.same_size(
         axes.product([axis.size for axis in refined(roles.queries)]),
@@ -229,6 +232,18 @@ def _check_scales(lifter: Lifter, score: Value, frame: Frame) -> None:
 def _has_score(program: Any, number: int) -> bool:
     statement = program.statements[number]
     return statement.op == "score" or any(_has_score(program, operand) for operand in statement.operands)
+
+
+def _with_captures_that_are_read(
+    lifter: Lifter, score: ScoreProgram, *others: ScoreProgram | None
+) -> tuple[ScoreProgram, ScoreProgram | None, ScoreProgram | None]:
+    """The programs once captures are gone that none reads any more: a choice may have folded to its other side."""
+    programs = (score, *others)
+    used = sorted({place for each in programs if each is not None for place in each.loads()})
+    lifter.captures = [lifter.captures[place] for place in used]
+    first, second, third = (None if each is None else each.with_only(used) for each in programs)
+    assert first is not None
+    return first, second, third
 
 
 def declared(lifter: Lifter) -> tuple[Capture, ...]:

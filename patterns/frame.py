@@ -328,7 +328,7 @@ def _added(node: fx.Node) -> list[fx.Node]:
 def _makes_side_value(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> bool:
     """Whether a product reaches the scores only as a mask: its value is turned into a predicate on every way."""
     users = [user for user in product.users if user in seen]
-    return product is not scores and bool(users) and all(value_of(user).dtype is torch.bool for user in users)
+    return product is not scores and bool(users) and all(is_tensor(u) and value_of(u).dtype is torch.bool for u in users)
 
 
 def _between(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> frozenset[fx.Node]:

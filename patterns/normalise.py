@@ -24,6 +24,8 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
 
     `writes_of(node)` tells whether an opaque node may write its arguments. Raises whatever tracing raises.
     """
+    if _has_no_tensors(module.graph):
+        return NormalForm(fx.Graph())
     try:
         form = read_calls(module, writes_of)
     except NotByCalls as reason:
@@ -36,6 +38,12 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
     alive = set(form.graph.nodes)
     form.origins = {node: origins for node, origins in form.origins.items() if node in alive}
     return form
+
+
+def _has_no_tensors(graph: fx.Graph) -> bool:
+    """Whether a graph computes with numbers alone, as between two graph breaks of a model with dynamic shapes."""
+    held = [node.meta.get("example_value") for node in graph.nodes if node.op not in ("get_attr", "output")]
+    return all(isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) for value in held)
 
 
 def _keep_lines(form: NormalForm) -> None:

@@ -223,6 +223,8 @@ class Lifter:
             raise Refused("FF401", node, f"{describe(node)} is no real tensor")
         stages = _behind_views(node, index, self.flow)
         plain = [stage for stage in stages if self.positions.are_plain(stage[1])]
+        if self.flow.needed(node):  # a part of a tensor gets a gradient of its own: another part may be read too
+            plain = [s for s in plain if is_tensor(s[0]) and not any(isinstance(d, Value) and d.constant for d in s[1])]
         node, index = (plain or stages)[-1]
         view = None
         if not plain and self.flow.needed(node):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -87,6 +87,12 @@ class ScoreProgram:
     def loads(self) -> tuple[int, ...]:
         """Which captures are read, in ascending order."""
         return tuple(sorted({int(s.attribute) for s in self.statements if s.op == "load"}))  # type: ignore[arg-type]
+
+    def with_only(self, captures: Sequence[int]) -> ScoreProgram:
+        """The same program where only these captures are left, in this order; all that it reads must be among them."""
+        place = {capture: new for new, capture in enumerate(captures)}
+        moved = (replace(s, attribute=place[int(s.attribute)]) if s.op == "load" else s for s in self.statements)  # type: ignore[arg-type]
+        return replace(self, statements=tuple(moved))
 
     def verify(self) -> None:
         """Raise InternalError naming the first statement that is not well formed."""

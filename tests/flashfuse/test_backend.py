@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashfuse import backend
+from flashfuse.options import parse
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,25 @@ def test_strict_turns_a_refusal_into_an_error_with_the_line():
 
 
 # ------------------------------------------------------------------------------------------------ fallbacks
+
+
+def test_a_graph_of_numbers_alone_is_no_failure():
+    """Between two graph breaks a model with dynamic shapes may compute with lengths only."""
+
+    def function(x, length):
+        count = length * 2 + 1
+        torch._dynamo.graph_break()
+        return x[:1] + count
+
+    seen = []
+
+    def compile_graph(module, _inputs):
+        seen.append(backend.fuse(module, parse(None, None)).record)
+        return module.forward
+
+    torch.compile(function, backend=compile_graph, dynamic=True)(torch.ones(4), 5)
+    assert len(seen) == 2
+    assert not any(record.failure for record in seen)
 
 
 @pytest.mark.parametrize("stage", ["normalise", "find_attention"])

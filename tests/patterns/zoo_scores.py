@@ -201,6 +201,32 @@ def bias_scaled_in_place_too_late(q, k, v, bias):
 
 
 @spelling(
+    inputs=lambda: (*qkv(), torch.randn(2, D), torch.randn(S)),
+    score="(s * 0.25) + (c0[b, h, m, 0] * c1[n])",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
+def bias_of_two_parts_where_one_is_chosen(q, k, v, table, slopes):
+    """The other part is read by nobody in the end, so it is no input of the attention."""
+    differs, equals = torch.einsum("bhmd,sd->bhms", q, table).split(1, dim=-1)
+    same = torch.ones(S, S, dtype=torch.bool)
+    bias = torch.where(same, equals.expand(B, H, S, S), differs.expand(B, H, S, S)) * slopes
+    return (_scores(q, k) + bias).softmax(-1) @ v
+
+
+@spelling(
+    inputs=lambda: (*qkv(), torch.randn(2, D), torch.rand(S, S) > 0.5),
+    score="(s * 0.25) + (c1[b, h, m, 0] if c0[m, n] else c2[b, h, m, 0])",
+    rows="exact",
+    gradients=(0, 1, 2, 3),
+)
+def bias_of_two_parts(q, k, v, table, same):
+    """As Funnel's token types: the parts of one product are chosen by the query's and the key's kind."""
+    differs, equals = torch.einsum("bhmd,sd->bhms", q, table).split(1, dim=-1)
+    return (_scores(q, k) + torch.where(same, equals.expand(B, H, S, S), differs.expand(B, H, S, S))).softmax(-1) @ v
+
+
+@spelling(
     inputs=lambda: (*qkv(), torch.randn(H, S, S), torch.randn(B, 1, 1, S)),
     score="((s * 0.25) + c0[h, m, n]) + c1[b, 0, 0, n]",
     rows="exact",
