@@ -107,20 +107,18 @@ def refusal(call: Call, *, eager: bool = False) -> str:
 
 
 def has_short_ranges(spec: AttentionSpec) -> bool:
-    """Whether a query sees keys near itself only, as in sliding windows and documents, or its keys have a gap, over which
+    """Whether queries see few keys near themselves, as in sliding windows and documents, or their keys have a gap, over which
     this kernel does not step: smaller tiles waste less there.
 
-    A window's range has a lower end that moves with the query; documents compare vectors of queries with those of keys.
+    A window's range has a lower end that moves with the query. Masks over captured vectors count as documents, padding
+    among them: only documents were measured.
     """
-    certainty, found = spec.certainty, spec.key_ranges
-    if certainty is not None and any(bounded.letter == "m" for bounded in certainty.inputs):
+    if spec.certainty is not None:
         return True
+    found = spec.key_ranges
     if found is None:
         return False
-    if spec.has_gaps:
-        return True
-    lowest = found.program.statements[found.program.results[0]]
-    return lowest.op != "const"
+    return spec.has_gaps or found.program.statements[found.program.results[0]].op != "const"
 
 
 def tile_of(call: Call) -> HopperTile:

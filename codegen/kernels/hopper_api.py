@@ -9,7 +9,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+try:  # since Triton 3.7
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_load as tma_load
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_store as tma_store
+    from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait as tma_store_wait
+except ImportError:
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as tma_load
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_shared_to_global as tma_store
+    from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait as tma_store_wait

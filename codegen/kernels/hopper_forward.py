@@ -22,7 +22,9 @@ from flashfuse.codegen.kernels.hopper_api import (
     gl,
     gluon,
     mbarrier,
-    tma,
+    tma_load,
+    tma_store,
+    tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -129,7 +131,7 @@ def load(
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(query_empty.index(consumer), turn & 1 ^ 1)
             mbarrier.expect(query_full.index(consumer), query.block_type.nbytes)
-            tma.async_copy_global_to_shared(
+            tma_load(
                 query, [b, h, first + consumer * ROWS, 0], query_full.index(consumer), queries.index(consumer)
             )
         for i in range(count):
@@ -138,10 +140,10 @@ def load(
             n = lo + i * BLOCK_N
             mbarrier.wait(key_empty.index(stage), used)
             mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
-            tma.async_copy_global_to_shared(key, [b, g, n, 0], key_full.index(stage), keys.index(stage))
+            tma_load(key, [b, g, n, 0], key_full.index(stage), keys.index(stage))
             mbarrier.wait(value_empty.index(stage), used)
             mbarrier.expect(value_full.index(stage), value.block_type.nbytes)
-            tma.async_copy_global_to_shared(value, [b, g, n, 0], value_full.index(stage), values.index(stage))
+            tma_load(value, [b, g, n, 0], value_full.index(stage), values.index(stage))
             step += 1
 
 
@@ -313,15 +315,15 @@ def attend(
             acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO
         )
         if STAGED:
-            tma.store_wait(0)  # what the last tile stored has been read
+            tma_store_wait(0)  # what the last tile stored has been read
             staged.index(CONSUMER).reshape([ROWS, E_PAD]).store(acc.to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out, [b, h, first, 0], staged.index(CONSUMER))
+            tma_store(out, [b, h, first, 0], staged.index(CONSUMER))
         else:
             target = out + b.to(gl.int64) * out_b + h.to(gl.int64) * out_h
             store_rows(target, out_m, acc.to(dtype), row, row < M, E)
     if STAGED:
-        tma.store_wait(0)
+        tma_store_wait(0)
 
 
 @gluon.jit
