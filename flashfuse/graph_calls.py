@@ -162,9 +162,13 @@ class GraphCalls:
     # ------------------------------------------------------------------------------------------ the call
 
     def attention(self, match: Match) -> fx.Node:
-        """The op on the match's inputs, and the views to the output's own layout; of a sum, all its terms added up."""
+        """The op on the match's inputs, and the views to the output's own layout; of a sum, all its terms added up.
+
+        The backward reads the op's result, unlike that of a product: where the model writes into it, it writes into a copy.
+        """
         if not match.terms:
-            return self._attention(match)
+            form, result = self.rewriter.form, self._attention(match)
+            return self.method("clone", result) if form.gradients and form.overwritten(match.output) else result
         total: fx.Node | None = None
         for term in match.terms:
             own = self._attention(term)

@@ -129,6 +129,22 @@ def test_strict_turns_a_refusal_into_an_error_with_the_line():
 # ------------------------------------------------------------------------------------------------ fallbacks
 
 
+def test_a_model_may_write_into_the_output():
+    """As Nystromformer's convolution does: eager code's backward does not read a product's result, the fused one does."""
+
+    def function(q, k, v):
+        out = attention(q, k, v)
+        out += v
+        return out
+
+    leaves = [torch.randn(2, 4, 24, 16, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(function, backend="flashfuse", options={"inner": "eager"})
+    ours = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    assert torch._dynamo.utils.counters["flashfuse"]["fused"] == 1
+    for mine, eager in zip(ours, torch.autograd.grad(function(*leaves).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, eager, atol=1e-4, rtol=1e-4)
+
+
 def test_a_graph_of_numbers_alone_is_no_failure():
     """Between two graph breaks a model with dynamic shapes may compute with lengths only."""
 
