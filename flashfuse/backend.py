@@ -180,6 +180,9 @@ def _notes(rewriter: Rewriter, match: Match) -> tuple[tuple[str, str], ...]:
     notes: list[tuple[str, str]] = []
     if match.statistic is not None and match.statistic.node in rewriter.given:
         notes.append(("lse", "the logsumexp that is taken of the same scores is the kernel's own"))
+    if match.query.more:
+        widths = [str(side.view.merge[3]) for side in (match.query, *match.query.more) if side.view is not None]
+        notes.append(("joined", f"{len(widths)} products are one, of head dims {' + '.join(widths)}"))
     if not match.terms:
         return tuple(notes)
     names = capture_names(rewriter.form, [factor.node for factor in match.factors])

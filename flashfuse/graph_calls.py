@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -240,6 +240,9 @@ class GraphCalls:
 
     def operand(self, side: Input) -> fx.Node:
         """Query, key or value in canonical form."""
+        if side.more:
+            parts = [self.operand(part) for part in (replace(side, more=()), *side.more)]
+            return self.call(torch.cat, parts, -1)
         node = self.value(side.node)
         if side.cast is not None and value_of(side.node).dtype != side.cast:
             node = self.method("to", node, side.cast)

@@ -23,7 +23,7 @@ from flashfuse.patterns.calls import shape, value_of
 from flashfuse.patterns.exponential import logarithm
 from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
-from flashfuse.patterns.operands import View
+from flashfuse.patterns.operands import View, canonical_view
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.row_statistics import Statistic, find_statistic
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
@@ -41,7 +41,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 class Input:
     """One tensor of the call: the normal form's node, the view to canonical form, and a cast to make first.
 
-    `seed`: a seed to be drawn in the place of the random numbers that the node draws.
+    `seed`: a seed to be drawn in the place of the random numbers that the node draws. `more`: what is joined to it along the
+    last dimension.
     """
 
     node: fx.Node
@@ -49,6 +50,7 @@ class Input:
     cast: torch.dtype | None = None
     copy: bool = False
     seed: bool = False
+    more: tuple[Input, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,16 @@ def read_softmax(softmax: Softmax, way: Way, flow: GradientFlow) -> Match:
 
     Raises Refused, or LayoutError where a view on the way has no named-axes meaning.
     """
-    frame = read_frame(softmax, way, flow)
+    frame = read_frame(softmax, way, flow, join=True)
+    if not frame.more:
+        return _read_frame(frame, flow)
+    try:
+        return _read_frame(frame, flow)
+    except (Refused, axes.LayoutError):  # one product, then, and the others as captured tensors
+        return _read_frame(read_frame(softmax, way, flow), flow)
+
+
+def _read_frame(frame: Frame, flow: GradientFlow) -> Match:
     for _attempt in range(4):
         roles, views, copies = solve_roles(frame)
         lifter, score, sink, weight = _lift(frame, roles, flow)
@@ -267,11 +278,13 @@ def assemble(
 ) -> Match:
     product_dtype, out_dtype = frame.score_dtype, value_of(frame.output).dtype
     # under autocast the operands as given differ from the product in dtype: cast them as the product would
-    autocast = {frame.query[0].dtype, frame.key[0].dtype} != {product_dtype}
+    given = {frame.query[0].dtype, frame.key[0].dtype, *(side.dtype for part in frame.more for side in (part.query, part.key))}
+    autocast = given != {product_dtype}
     cast = product_dtype if autocast or roles.query.dtype != roles.key.dtype else None
+    more_query, more_key = _joined_inputs(frame, roles, cast)
     inputs = {
-        "query": Input(roles.query.node, views["query"], cast, copies["query"]),
-        "key": Input(roles.key.node, views["key"], cast, copies["key"]),
+        "query": Input(roles.query.node, views["query"], cast, copies["query"], more=more_query),
+        "key": Input(roles.key.node, views["key"], cast, copies["key"], more=more_key),
         "value": Input(roles.value.node, views["value"],
                        out_dtype if roles.value.dtype != out_dtype else None, copies["value"]),
     }  # fmt: skip
@@ -281,13 +294,26 @@ def assemble(
     return Match(
         anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
         tuple(Input(each.node, each.view, seed=each.seed) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
-        dims=_dims(views["query"], views["key"], views["value"]), edges=frame.edges,
+        dims=_dims(views["query"], views["key"], views["value"], more_query), edges=frame.edges,
         factors=tuple(OutputFactor(f.name, f.tensor, lifter.positions.canonical(f.index)[0]) for f in frame.factors),
     )  # fmt: skip
 
 
-def _dims(query: View, key: View, value: View) -> dict[str, Any]:
+def _joined_inputs(frame: Frame, roles: Roles, cast: torch.dtype | None) -> tuple[tuple[Input, ...], tuple[Input, ...]]:
+    """The queries and keys of further products. Raises LayoutError if one has an axis that the first does not have so."""
+    queries, keys = [], []
+    for part in frame.more:
+        summed = refined(part.summed)
+        query = canonical_view(part.query.index, (roles.batch, roles.heads, roles.queries, summed))
+        key = canonical_view(part.key.index, (roles.batch, roles.kv_heads, frame.keys, summed))
+        queries.append(Input(part.query.node, query, cast, copy=True))
+        keys.append(Input(part.key.node, key, cast, copy=True))
+    return tuple(queries), tuple(keys)
+
+
+def _dims(query: View, key: View, value: View, more: tuple[Input, ...]) -> dict[str, Any]:
     b, h, m, d = query.merge
+    d = d + sum(side.view.merge[3] for side in more if side.view is not None)
     _b, g, n, e = (*key.merge[:3], value.merge[3])
     return {"B": b, "H": h, "G": g, "M": m, "N": n, "D": d, "E": e}
 

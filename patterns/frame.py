@@ -7,7 +7,7 @@ What cannot be explained raises `Refused` at its node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
+from flashfuse.patterns.joined import largest_sum
 from flashfuse.patterns.operands import Stage, peel
 from flashfuse.patterns.score_cone import describe
 from flashfuse.patterns.selections import is_selection, operand_index
@@ -26,6 +27,15 @@ from flashfuse.patterns.sums import Edge, Factor, edge_of, factors_behind
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Part:
+    """Query and key of one of several products that are joined, and the axes that it sums over."""
+
+    query: Stage
+    key: Stage
+    summed: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Frame:
     score_dtype: torch.dtype
     edges: tuple[Edge, ...] = ()  # the sums on the path
     factors: tuple[Factor, ...] = ()  # what multiplies the output instead of the probabilities
+    more: tuple[Part, ...] = ()  # query and key of further products, joined to the first along the head dim
 
     @property
     def held(self) -> frozenset[fx.Node]:
@@ -160,8 +171,11 @@ def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
 # ------------------------------------------------------------------------------------------------ up to the scores
 
 
-def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
-    """Follow the axes from the output up to the operands of both products."""
+def read_frame(softmax: Softmax, way: Way, flow: GradientFlow, *, join: bool = False) -> Frame:
+    """Follow the axes from the output up to the operands of both products.
+
+    `join`: take several products of query and key that are added up for one, where that is possible.
+    """
     out_index = tuple(axes.fresh(f"o{place}_", size) for place, size in enumerate(shape(way.output)))
     second = contraction.operands(way.product, _index_of_product(way, out_index), "n")
     _only_a_product(second, way.product)
@@ -189,22 +203,23 @@ def read_frame(softmax: Softmax, way: Way, flow: GradientFlow) -> Frame:
     scores = softmax.scores if sink is None else sink.scores
     value = (second.right, second.right_index) if left else (second.left, second.left_index)
     rows = tuple(axes.free(dim) for place, dim in enumerate(index) if place != softmax.dim)  # type: ignore[arg-type]
-    chosen = _choose(find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1], flow)
-    first, query_first = chosen.operands, chosen.query_first
-    sides = [(first.left, first.left_index), (first.right, first.right_index)]
-    query, key = sides if query_first else sides[::-1]
+    among = (find_products(scores, shifts), scores, index, shifts, second.summed, rows, value[1], flow)
+    chosen = (_choose_joined(*among) if join else None) or _choose(*among)
+    query, key = (peel(*side, flow, linear=True) for side in _sides(chosen.operands, chosen.query_first))
+    if chosen.more:  # what is peeled off one part alone would be lacking in the others
+        query, key = query[:1], key[:1]
     return Frame(
         softmax, way.output, source, way.path, tuple(path_index),
         way.zeroing | ({cut.node} if cut is not None else frozenset()), bool(way.zeroing), chosen.product, chosen.carriers,
         out_index,
         rows=rows,
         keys=second.summed,
-        query=tuple(peel(*query, flow, linear=True)),
-        key=tuple(peel(*key, flow, linear=True)),
+        query=tuple(query),
+        key=tuple(key),
         value=tuple(peel(*value, flow, linear=False)),
-        scores=scores, sink=sink, score_index=index, shifts=shifts, operands=first, query_first=query_first,
+        scores=scores, sink=sink, score_index=index, shifts=shifts, operands=chosen.operands, query_first=chosen.query_first,
         score_dtype=value_of(chosen.product).dtype, edges=way.edges,
-        factors=factors_behind(way.path, befores, path_index, second.summed) if way.edges else (),
+        more=chosen.more, factors=factors_behind(way.path, befores, path_index, second.summed) if way.edges else (),
     )  # fmt: skip
 
 
@@ -216,6 +231,40 @@ class _Scores:
     carriers: frozenset[fx.Node]
     operands: contraction.Operands
     query_first: bool
+    more: tuple[Part, ...] = ()
+
+
+def _sides(operands: contraction.Operands, query_first: bool) -> list[tuple[fx.Node, Index]]:
+    """Query and key of a product, each with its index."""
+    sides = [(operands.left, operands.left_index), (operands.right, operands.right_index)]
+    return sides if query_first else sides[::-1]
+
+
+def _choose_joined(
+    products: list[tuple[fx.Node, frozenset[fx.Node]]], scores: fx.Node, index: Index, shifts: dict[fx.Node, fx.Node],
+    keys: tuple[Axis, ...], rows: Index, value: Index, flow: GradientFlow,
+) -> _Scores | None:  # fmt: skip
+    """The largest sum of products each of which can be query and key, as one product; None if there is none."""
+    if len(products) < 2:
+        return None
+    joined = largest_sum(*products[0])
+    if joined is None or any(flow.stops_at(node) for node in (joined.node, *joined.products)):
+        return None
+    carriers = _between(joined.node, scores, {*products[0][1], joined.node})
+    try:
+        own = _index_at(scores, index, joined.node, carriers, shifts)
+        parts = [contraction.operands(product, own, "d") for product in joined.products]
+        first = [_is_query_first(joined.node, part, keys) for part in parts]
+        sides = [_sides(part, query_first) for part, query_first in zip(parts, first, strict=True)]
+        for _query, (_node, key) in sides:
+            _check_key(joined.node, key, rows, value)
+    except (Refused, axes.LayoutError):
+        return None
+    whole = replace(parts[0], alpha=joined.factor, beta=0, added=None)
+    more = tuple(
+        Part(Stage(*query), Stage(*key), part.summed) for (query, key), part in zip(sides[1:], parts[1:], strict=True)
+    )
+    return _Scores(joined.node, carriers, whole, first[0], more)
 
 
 def _choose(

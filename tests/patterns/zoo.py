@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import zoo_joined
 import zoo_layouts
 import zoo_scores
 import zoo_sinks
@@ -19,7 +20,7 @@ from zoo_entries import NEAR_MISSES, NEG, SPELLINGS, B, D, H, NearMiss, S, Spell
 
 __all__ = [
     "NEAR_MISSES", "SPELLINGS", "NearMiss", "Spelling", "qkv",
-    "zoo_layouts", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_sums", "zoo_weights",
+    "zoo_joined", "zoo_layouts", "zoo_scores", "zoo_sinks", "zoo_softmax", "zoo_sums", "zoo_weights",
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ scale in every place
