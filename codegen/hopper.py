@@ -89,6 +89,8 @@ def refusal(call: Call, *, eager: bool = False) -> str:
         return "the device has not compute capability 9.0"
     if call.query.dtype not in (torch.float16, torch.bfloat16) or call.value.dtype is not call.query.dtype:
         return f"elements are {call.query.dtype} and {call.value.dtype}"
+    if call.spec.wide:
+        return "its output is float32"
     widest = max(call.padded)
     if widest not in TILES or min(call.padded) < 64 or (widest == 256 and min(call.padded) < 256):
         return f"head dims {call.D} and {call.E}"

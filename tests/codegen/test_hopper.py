@@ -94,6 +94,14 @@ def test_a_call_off_hopper_is_refused_with_a_reason() -> None:
     assert "compute capability" in hopper.refusal(call)
 
 
+def test_a_term_of_a_sum_is_left_to_the_kernels_that_give_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(next(case for case in CASES if case.name == "causal_exact").spec, wide=True)
+    half = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.float16)
+    call = SimpleNamespace(spec=spec, query=half, value=half)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert hopper.refusal(call) == "its output is float32"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("outcome", ["", "results differ by 3.1"])
 def test_the_check_is_made_once_and_remembered(outcome: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
