@@ -1,0 +1,165 @@
+"""The Hopper forward: against cuDNN and the portable kernel on the FlashAttention-2 paper's grid, and random launches.
+
+16384 tokens, hidden 2048, bfloat16. Each cell's times are medians of interleaved rounds; TFLOP/s by FlashAttention's
+count (half of them under a causal mask). Every output is compared with float64 on one head of the same inputs, and the
+Hopper forward's bits over repeated runs.
+
+    python benchmarks/hopper.py [--head-dims 64,128,256] [--lengths 2048,8192] [--rounds 3] [--out hopper]
+    python benchmarks/hopper.py --soak 10000 [--seed 7]     # random shapes and programs against the portable kernel
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import ResultFile
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
+from compile_report import named_spec
+
+from flashfuse.codegen import hopper, kernel_choice, launch
+from flashfuse.ir.attention_spec import AttentionSpec
+
+TOKENS, HIDDEN = 16384, 2048
+SOAKED = ("plain", "causal", "causal_low", "window", "softcap", "alibi", "bias", "documents", "sinks")
+
+
+def run(spec: AttentionSpec, kernel: str, tensors: list[torch.Tensor], captures: list[torch.Tensor]) -> torch.Tensor:
+    """The output by the named kernels. Raises RuntimeError if "hopper" ones were asked for and do not serve."""
+    kernel_choice.ask(spec.key, kernel)
+    out = launch.forward(spec, *tensors, captures, ())[0]
+    if kernel == "hopper":
+        call = launch.Call(spec, *tensors, captures, ())
+        if not hopper.takes(call):
+            raise RuntimeError(hopper.refusal(call, eager=True))
+    return out
+
+
+def exact(tensors: list[torch.Tensor], scale: float, causal: bool) -> torch.Tensor:
+    """The first head's output in float64."""
+    query, key, value = (tensor[0, 0].double() for tensor in tensors)
+    scores = query @ key.mT * scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dict[str, float]]:
+    """Each peer's milliseconds, TFLOP/s and largest difference from float64."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from triton.testing import do_bench
+
+    shape = (TOKENS // length, HIDDEN // head_dim, length, head_dim)
+    tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    spec = named_spec("causal" if causal else "plain")  # its scale is 1/8
+    wanted = exact(tensors, 0.125, causal)
+
+    def cudnn() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal, scale=0.125)
+
+    peers: dict[str, Callable[[], torch.Tensor]] = {"cudnn": cudnn}
+    for kernel in ("portable", "hopper"):
+        peers[kernel] = lambda kernel=kernel: run(spec, kernel, tensors, [])
+    errors = {name: float((peer()[0, 0].double() - wanted).abs().max()) for name, peer in peers.items()}
+    first = peers["hopper"]()
+    same = all(torch.equal(peers["hopper"](), first) for _ in range(20))
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, peer in peers.items():
+            times[name].append(do_bench(peer, warmup=10, rep=40, return_mode="median"))
+    work = 4 * math.prod(shape) * length * (0.5 if causal else 1)
+    found = {}
+    for name, measured in times.items():
+        ms = statistics.median(measured)
+        found[name] = {"ms": ms, "tflops": work / ms / 1e9, "error": errors[name], "right": errors[name] < 2e-2}
+    found["hopper"]["same_bits"] = same
+    return found
+
+
+def grid(options: argparse.Namespace) -> None:
+    seed = secrets.randbelow(2**31)
+    torch.manual_seed(seed)
+    results = ResultFile(options.out, "cuda", seed=seed, tokens=TOKENS, hidden=HIDDEN, dtype="torch.bfloat16")
+    for head_dim in map(int, options.head_dims.split(",")):
+        for causal in (False, True):
+            ratios, mask = [], "causal" if causal else "full"
+            for length in map(int, options.lengths.split(",")):
+                found = cell(head_dim, length, causal, options.rounds)
+                for name, facts in found.items():
+                    results.add({"head_dim": head_dim, "length": length, "causal": causal, "kernel": name, **facts})
+                ratios.append(found["hopper"]["tflops"] / found["cudnn"]["tflops"])
+                words = " | ".join(
+                    f"{name} {facts['tflops']:.0f}{'' if facts['right'] else ' WRONG'}" for name, facts in found.items()
+                )
+                same = "" if found["hopper"]["same_bits"] else " OTHER BITS"
+                print(f"{head_dim} {length} {mask}: {words} | of cuDNN {ratios[-1]:.2f}{same}", flush=True)
+            print(f"{head_dim} {mask}: {statistics.geometric_mean(ratios):.3f} of cuDNN", flush=True)
+
+
+def captures_of(name: str, shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
+    """Tensors for the captures of `compile_report.named_spec`."""
+    B, H, M, N = shape
+    if name in ("alibi", "sinks"):
+        return [torch.rand(H, device="cuda")]
+    if name == "bias":
+        return [torch.randn(1, H, M, N, device="cuda")]
+    if name == "documents":
+        return [torch.randint(0, 4, (B, max(M, N)), device="cuda").sort(1).values]
+    return []
+
+
+def soak(launches: int, seed: int, out: str) -> None:
+    """Random launches; each must agree with the portable kernel to bfloat16's rounding."""
+    chosen, worst, wrong, start = random.Random(seed), 0.0, 0, time.time()
+    torch.manual_seed(seed)
+    for number in range(launches):
+        name, head_dim = chosen.choice(SOAKED), chosen.choice((64, 64, 128, 128, 256))
+        groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
+        B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
+        if name in ("causal", "window", "softcap", "alibi", "documents", "sinks"):
+            N = max(M, N) if name != "documents" else M  # no row without a key
+        H = groups * share
+        tensors = [torch.randn(B, heads, rows, head_dim, device="cuda", dtype=torch.bfloat16)
+                   for heads, rows in ((H, M), (groups, N), (groups, N))]  # fmt: skip
+        captures = captures_of(name, (B, H, M, N))
+        spec = named_spec(name)
+        results = [run(spec, kernel, tensors, captures) for kernel in ("hopper", "portable")]
+        difference = float((results[0].float() - results[1].float()).abs().max())
+        if not difference <= 4e-2:
+            wrong += 1
+            print(f"WRONG {name} {B, H, groups, M, N, head_dim}: {difference}", flush=True)
+        worst = max(worst, difference)
+        if number % 500 == 499:
+            print(f"{number + 1} launches in {time.time() - start:.0f} s, {wrong} wrong, largest difference {worst:.3g}", flush=True)
+    row: dict[str, Any] = {"launches": launches, "wrong": wrong, "largest_difference": worst, "seconds": time.time() - start}
+    ResultFile(out, "cuda", seed=seed).add(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", default="64,128,256")
+    parser.add_argument("--lengths", default="2048,4096,8192,16384")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="hopper")
+    options = parser.parse_args()
+    if options.soak:
+        soak(options.soak, options.seed or secrets.randbelow(2**31), f"{options.out}_soak")
+    else:
+        grid(options)
+
+
+if __name__ == "__main__":
+    main()
