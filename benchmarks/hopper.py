@@ -141,7 +141,8 @@ def soak(launches: int, seed: int, out: str) -> None:
             print(f"WRONG {name} {B, H, groups, M, N, head_dim}: {difference}", flush=True)
         worst = max(worst, difference)
         if number % 500 == 499:
-            print(f"{number + 1} launches in {time.time() - start:.0f} s, {wrong} wrong, largest difference {worst:.3g}", flush=True)
+            seconds = time.time() - start
+            print(f"{number + 1} launches in {seconds:.0f} s, {wrong} wrong, largest difference {worst:.3g}", flush=True)
     row: dict[str, Any] = {"launches": launches, "wrong": wrong, "largest_difference": worst, "seconds": time.time() - start}
     ResultFile(out, "cuda", seed=seed).add(row)
 
