@@ -78,6 +78,23 @@ def test_replayed_mask_gives_eagers_result(function: Callable[..., Tensor], dtyp
         assert (own.double() - best).abs().max() <= allowed
 
 
+def test_the_probabilities_before_dropout_may_be_returned() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p = (q @ k.mT * 0.25).softmax(-1)
+        return (F.dropout(p, 0.3, training=True) if factors is None else p * factors) @ v, p
+
+    inputs, weight = qkv(), torch.randn(B, H, S, D)
+    seed = drawn_after(7)
+    torch.manual_seed(7)
+    compiled = torch.compile(function, backend="flashfuse", options=INNER)
+    found = []
+    for out, p in (compiled(*inputs), function(*inputs, kept(seed, 0.3).float())):
+        total = (out * weight).sum() + p.square().sum()
+        found.append([out, p, *torch.autograd.grad(total, inputs)])
+    assert torch._dynamo.utils.counters["flashfuse"] == {"fused": 1, "probabilities also made": 1}
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("options", [{}, {"fallback_random": True}], ids=["inductor", "fallback_random"])
 @pytest.mark.parametrize("function", [attention, checkpointed])
 def test_inductor_gives_forward_and_backward_one_mask(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
