@@ -52,14 +52,17 @@ def _decoder(dropout: float) -> Built:
     return nn.TransformerDecoder(layer, 2), {"tgt": _sequence(), "memory": torch.randn(BATCH, 7, WIDTH), "tgt_mask": mask}
 
 
-def _timm(name: str, **how: Any) -> Callable[[float], Built]:
+def _timm(name: str, size: int = 64, **how: Any) -> Callable[[float], Built]:
     def make(dropout: float) -> Built:
         _operators_of_torchvision()
         import timm
 
         timm.layers.set_fused_attn(False)
-        rate = {"attn_drop_rate": dropout} if dropout else {}
-        return timm.create_model(name, **rate, **how), {"x": torch.randn(BATCH, 3, 64, 64)}
+        model = timm.create_model(name, **how)
+        for place, part in model.named_modules():  # not every model has an argument for it
+            if place.endswith("attn_drop") and isinstance(part, nn.Dropout):
+                part.p = dropout
+        return model, {"x": torch.randn(BATCH, 3, size, size)}
 
     return make
 
@@ -109,8 +112,8 @@ TIMM: dict[str, Callable[[float], Built]] = {
     "timm swin": _timm("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
     "timm swinv2": _timm("swinv2_tiny_window8_256", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
     "timm pvt": _timm("pvt_v2_b0", depths=(1, 1, 1, 1)),
-    "timm levit": _timm("levit_128s", img_size=64),
-    "timm mvitv2": _timm("mvitv2_tiny", img_size=64, depths=(1, 1, 1, 1)),
+    "timm levit": _timm("levit_128s", size=128, img_size=128),
+    "timm mvitv2": _timm("mvitv2_tiny", img_size=64),
     "timm davit": _timm("davit_tiny", depths=(1, 1), embed_dims=(32, 64), num_heads=(2, 4)),
 }  # fmt: skip
 DIFFUSERS: dict[str, Callable[[float], Built]] = {
@@ -129,9 +132,13 @@ DIFFUSERS: dict[str, Callable[[float], Built]] = {
 
 
 def installed() -> dict[str, Callable[[float], Built]]:
-    """The builders whose package is there."""
+    """The builders whose packages are there."""
     return {
         **TORCH,
-        **(TIMM if importlib.util.find_spec("timm") else {}),
-        **(DIFFUSERS if importlib.util.find_spec("diffusers") else {}),
+        **(TIMM if _all_found("timm", "torchvision") else {}),
+        **(DIFFUSERS if _all_found("diffusers", "PIL") else {}),
     }
+
+
+def _all_found(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in packages)
