@@ -6,13 +6,15 @@ Run by `pytest -m gpu tests/codegen/test_gpu.py`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from flashfuse.codegen import launch
+from flashfuse.codegen import kernel_choice, launch, tuning
+from flashfuse.codegen.plan import Tile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, WIDE
@@ -75,3 +77,32 @@ def test_precision_follows_torch() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     fast = float((run_kernels(case, inputs)[0].double() - reference).abs().max())
     assert exact < 1e-5 < fast < 1e-2
+
+
+@pytest.mark.parametrize("name", ["causal_big", "plain_gqa_big", "row_and_column"])
+def test_tuned_tiles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned at the first call, from memory at the second, from the disk at the third."""
+    case = next(c for c in [*CASES, *_enlarged()] if c.name == name)
+    monkeypatch.setattr(tuning, "folder", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "_requested", set())
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(kernel_choice, "_asked", {case.spec.key: "portable"})
+    tuning.request([case.spec.key])
+    compare_with_eager(case, torch.bfloat16, "cuda")
+    kept = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    assert {result["key"]["kernel"] for result in kept} == {"forward", "grad_query", "grad_key_value"}
+    assert all(len(result["milliseconds"]) > 2 for result in kept)
+    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: pytest.fail("tuned again"))
+    compare_with_eager(case, torch.bfloat16, "cuda")
+    tuning._known.clear()
+    compare_with_eager(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("name", ["causal_additive_big", "plain_gqa_big"])
+def test_a_launch_for_each_of_key_and_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in _enlarged() if c.name == name)
+    usual = launch.kernel_plan(torch.cuda.get_device_capability(), 2, case.shape[-1])
+    split = dataclasses.replace(usual, grad_key_value=(Tile(32, 128, 8, 2, split=True), *usual.grad_key_value))
+    monkeypatch.setattr(launch, "kernel_plan", lambda *facts: split)
+    monkeypatch.setattr(launch, "_chosen", {})
+    compare_with_eager(case, torch.bfloat16, "cuda")
