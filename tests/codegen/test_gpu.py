@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashfuse.codegen import kernel_choice, launch, tuning
+from flashfuse.codegen import kernel_choice, launch, replay, tuning
 from flashfuse.codegen.plan import Tile
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -95,6 +95,7 @@ def test_tuned_tiles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tuning, "milliseconds", lambda run, device: pytest.fail("tuned again"))
     compare_with_eager(case, torch.bfloat16, "cuda")
     tuning._known.clear()
+    replay.forget()
     compare_with_eager(case, torch.bfloat16, "cuda")
 
 
