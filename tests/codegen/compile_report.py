@@ -40,7 +40,7 @@ KERNELS = {
     "decode": "flashfuse_decode",
 }
 _POINTERS = {
-    **dict.fromkeys(("parts", "part_stats", "stats", "delta", "partial", "grad"), "*fp32"),
+    **dict.fromkeys(("parts", "part_stats", "stats", "grad_stats", "delta", "partial", "grad"), "*fp32"),
     **dict.fromkeys(("flags", "table"), "*i32"),
 }
 _TYPES = {Kind.FLOAT: "*fp32", Kind.INT: "*i64", Kind.BOOL: "*i8"}
@@ -115,7 +115,8 @@ def compile_kernel(
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": block_table.BLOCK if tabled else 0,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "SUMS": False, "SHIFTED": dtype == "fp32" or (spec.planes == 2 and spec.split.keep is None), "EXACT_DELTA": False,
+        "SHIFTED": dtype == "fp32" or (spec.planes == 2 and spec.split.keep is None),
+        "SUMS": False, "GRAD_STATS": False, "EXACT_DELTA": False,
         "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
         "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key",
     }  # fmt: skip
