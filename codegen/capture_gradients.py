@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashfuse.codegen.score_functions import CaptureGradients
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
+from flashfuse.ir.diagonals import diagonal_sums
 
 if TYPE_CHECKING:
     from flashfuse.codegen.launch import Call
@@ -31,18 +33,19 @@ class CaptureBuffers:
     def __init__(self, call: Call, wanted: Sequence[int]) -> None:
         self.call = call
         self.wanted = wanted
-        self.classes = gradient_classes(call.spec) if wanted else CaptureGradients({}, (), (), ())
+        self.classes = gradient_classes(call.spec) if wanted else CaptureGradients({}, (), (), (), ())
         for capture in wanted:
             if capture not in self.classes.letters:
                 raise InternalError(f"capture {call.spec.captures[capture].name} can have no gradient")
         self.row_partial = self._partial(self.classes.row, call.M)
         self.column_partial = self._partial(self.classes.column, call.N)
         self._tiles = {c: self._tile_gradient(c) for c in self.classes.tile if c in wanted}
+        self._strips: dict[int, Tensor] = {}
 
     @property
     def summed(self) -> bool:
         """Whether some gradient is a sum over keys or queries."""
-        return self.row_partial is not None or self.column_partial is not None
+        return self.row_partial is not None or self.column_partial is not None or bool(self.diagonals())
 
     def _partial(self, captures: tuple[int, ...], length: int) -> Tensor | None:
         if not set(captures) & set(self.wanted):
@@ -51,6 +54,8 @@ class CaptureBuffers:
         return torch.empty(shape, dtype=torch.float32, device=self.call.query.device)
 
     def _extent(self, letter: str) -> int:
+        if letter == "d":
+            return self.call.M + self.call.N - 1
         return {"b": self.call.B, "h": self.call.H, "m": self.call.M, "n": self.call.N, "": 1}[letter]
 
     def _empty(self, capture: int) -> tuple[Tensor, Tensor]:
@@ -75,6 +80,28 @@ class CaptureBuffers:
         for capture, (_, view) in self._tiles.items():
             yield capture, view
 
+    def diagonals(self) -> list[int]:
+        """Captures with an element for each distance, which have a kernel launch of their own."""
+        return [capture for capture in self.classes.diagonal if capture in self.wanted]
+
+    def strips(self, capture: int, block: int) -> Tensor:
+        """What that launch fills: `[B or 1, H or 1, strips, block, block]`, tiles whose diagonals are to be summed."""
+        letters = self.classes.letters[capture]
+        kept = [self._extent(letter) if letter in letters else 1 for letter in "bh"]
+        count = -(-self.call.M // block) + -(-self.call.N // block) - 1
+        shape = (*kept, count, block, block)
+        self._strips[capture] = torch.empty(shape, dtype=torch.float32, device=self.call.query.device)
+        return self._strips[capture]
+
+    def _along_diagonals(self, capture: int) -> Tensor:
+        """`[B or 1, H or 1, M + N - 1]` from the strips: each one's last diagonals are the first ones of the next but one."""
+        sums = diagonal_sums(self._strips[capture])
+        block = (sums.shape[-1] + 1) // 2
+        early, late = (part.flatten(-2) for part in pad(sums, (0, 1)).split(block, -1))
+        whole = pad(early, (0, block)) + pad(late, (block, 0))  # from the distance -(blocks of queries * block - 1) on
+        first = -(-self.call.M // block) * block - self.call.M
+        return whole[..., first : first + self.call.M + self.call.N - 1]
+
     def finished(self) -> list[Tensor]:
         """The gradients of the wanted captures, in order, once the kernels have run."""
         return [self._finished(capture) for capture in self.wanted]
@@ -82,6 +109,10 @@ class CaptureBuffers:
     def _finished(self, capture: int) -> Tensor:
         if capture in self._tiles:
             return self._tiles[capture][0]
+        if capture in self.classes.diagonal:
+            full, part = self._empty(capture)
+            _ordered(part, self.classes.letters[capture], "bhd").copy_(self._along_diagonals(capture))
+            return full
         row = capture in self.classes.row
         partials = self.row_partial if row else self.column_partial
         if partials is None:
@@ -96,15 +127,15 @@ class CaptureBuffers:
         return full
 
 
-def _ordered(tensor: Tensor, letters: Sequence[str]) -> Tensor:
-    """A view with the four dimensions b, h, m, n, of size 1 where the tensor lacks one."""
+def _ordered(tensor: Tensor, letters: Sequence[str], axes: str = "bhmn") -> Tensor:
+    """A view with the dimensions `axes`, of size 1 where the tensor lacks one."""
     named = [dimension for dimension, letter in enumerate(letters) if letter]
     for dimension in reversed([d for d, letter in enumerate(letters) if not letter]):
         tensor = tensor.select(dimension, 0)
     names = [letters[dimension] for dimension in named]
-    order = [letter for letter in "bhmn" if letter in names]
+    order = [letter for letter in axes if letter in names]
     tensor = tensor.permute([names.index(letter) for letter in order])
-    for place, letter in enumerate("bhmn"):
+    for place, letter in enumerate(axes):
         if letter not in order:
             tensor = tensor.unsqueeze(place)
     return tensor

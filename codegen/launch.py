@@ -168,6 +168,8 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
         call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=True))
     for capture, grad in gradients.tiles():
         call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
+    for capture in gradients.diagonals():
+        call.launch("grad_capture", lambda tile, c=capture: _grad_diagonals(call, tile, c, gradients))  # type: ignore[misc]
     return [grad_query, grad_key, grad_value, *gradients.finished()]
 
 
@@ -408,4 +410,17 @@ def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> Any:
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
         kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, **call.constants, **_options(tile),
+    )  # fmt: skip
+
+
+def _grad_diagonals(call: Call, tile: Tile, capture: int, gradients: CaptureBuffers) -> Any:
+    block = min(tile.block_m, tile.block_n)
+    strips = gradients.strips(capture, block)
+    kept_b, kept_h, count = strips.shape[:3]
+    return call.start(
+        "flashfuse_grad_diagonals", count * kept_b * kept_h,
+        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, strips, call.inputs,
+        *call.strides(call.query, call.key, call.value, call.grad_out), *call.shape, call.plane,
+        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, BLOCK=block, **call.constants,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

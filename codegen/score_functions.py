@@ -32,6 +32,7 @@ class CaptureGradients:
     row: tuple[int, ...]  # summed over keys, in the dq kernel
     column: tuple[int, ...]  # summed over queries, in the dkdv kernel
     tile: tuple[int, ...]  # an element for each query and key
+    diagonal: tuple[int, ...]  # an element for each distance of both
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> CaptureGradients:
@@ -42,9 +43,10 @@ class CaptureGradients:
             if found is not None:
                 letters[number] = found
         tile = tuple(c for c, found in letters.items() if {"m", "n"} <= set(found))
+        diagonal = tuple(c for c, found in letters.items() if "d" in found)
         column = tuple(c for c, found in letters.items() if c not in tile and "n" in found)
-        row = tuple(c for c in letters if c not in tile and c not in column)
-        return cls(letters, row, column, tile)
+        row = tuple(c for c in letters if c not in (*tile, *diagonal, *column))
+        return cls(letters, row, column, tile, diagonal)
 
 
 def folded_scale(program: ScoreProgram) -> float | None:
@@ -256,7 +258,7 @@ class _Writer:
 
     def tile_gradient(self) -> str:
         body = ["gradient = like(0.0, s)"]
-        for capture in self.gradients.tile:
+        for capture in (*self.gradients.tile, *self.gradients.diagonal):
             for whole in (True, False):
                 sign = "="
                 for text, names in self.capture_gradients((capture,), kept=not whole):

@@ -24,6 +24,7 @@ from flashfuse.chunk_scores import Window, dropped_by_mask, linear_score, overwr
 from flashfuse.chunks import Call, Chunk, Scratch, grouped, score_dtype, shape_of
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows, plain_load_letters
+from flashfuse.ir.diagonals import diagonal_sums
 from flashfuse.ir.mask import LOW_SCORE
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_program import ScoreProgram
@@ -199,9 +200,21 @@ class _Gradients:
         return low if bool(low.any()) else None
 
     def add_to_capture(self, number: int, window: Window, gradient: Tensor) -> None:
-        """Sum the gradient of each element over the axes that the capture lacks."""
-        target = window.view(self.captures[number], self.places[number])
-        target.add_(gradient.sum_to_size(target.shape))
+        """Sum the gradient of each element over the axes that the capture lacks, or along the diagonals that it has."""
+        places = self.places[number]
+        if "d" not in places:
+            target = window.view(self.captures[number], places)
+            target.add_(gradient.sum_to_size(target.shape))
+            return
+        summed = [axis for axis, letter in enumerate("bh") if letter not in places]
+        gradient = gradient.flatten(1, 2)  # [b, h, rows, keys]
+        sums = diagonal_sums(gradient.sum(summed) if summed else gradient)
+        first = window.spans["n"][0] - (window.spans["m"][1] - 1) + self.call.shape.M - 1
+        spans = {**window.spans, "d": (first, first + sums.shape[-1])}
+        target = self.captures[number][tuple(slice(*spans[p]) if isinstance(p, str) else p for p in places)]
+        named = [letter for letter in places if isinstance(letter, str)]
+        target = target.permute([named.index(letter) for letter in "bhd" if letter in named])
+        target.add_(sums)
 
 
 def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidden: Tensor | None) -> None:

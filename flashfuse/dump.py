@@ -130,8 +130,14 @@ def _call_text(match: Match) -> str:
     dtype = str(match.query.cast or value.dtype).removeprefix("torch.")
     rows = [_dense((B, H, M, D), dtype, value), _dense((B, G, N, D), dtype, value), _dense((B, G, N, E), dtype, value)]
     captures = []
+    extents = {"b": B, "h": H}
     for each in match.captures:
         held = each.node.meta.get("val")
+        if each.diagonals is not None:
+            shape = (*(extents[letter] for letter in each.diagonals.letters), M + N - 1)
+            held = torch.empty(shape, device="meta")
+            captures.append(tensor_text(held).replace("meta", value.device.type))
+            continue
         captures.append(tensor_text(held) if isinstance(held, torch.Tensor) else 'tensor((), (), "float32", "cpu")')
     sizes = [known(size) for size in match.sizes]
     made = ",\n        ".join([*rows, f"[{', '.join(captures)}]", repr(sizes)])

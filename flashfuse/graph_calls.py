@@ -12,9 +12,11 @@ import torch
 from torch import fx
 
 from flashfuse.block_ranges import wants_table
+from flashfuse.diagonals import program_text
 from flashfuse.patterns.attention import Input, Match
 from flashfuse.patterns.axes import same_size
 from flashfuse.patterns.calls import is_tensor, value_of
+from flashfuse.patterns.captured import Captured, Diagonals
 from flashfuse.patterns.operands import View
 from flashfuse.refusal import Refused
 
@@ -181,7 +183,7 @@ class GraphCalls:
 
     def _attention(self, match: Match) -> fx.Node:
         tensors = [self.operand(side) for side in (match.query, match.key, match.value)]
-        captures = [self._capture(side) for side in match.captures]
+        captures = [self._capture(side, match) for side in match.captures]
         sizes = [self.integer(size) for size in match.sizes]
         function = torch.ops.flashfuse.attention.default
         ranges = self._ranges(match, captures, sizes)
@@ -213,7 +215,7 @@ class GraphCalls:
             return ()
         spec, read = mask_alone
         shape = tuple(match.dims[letter] for letter in "BHMN")
-        sides = tuple((side.node, str(side.view)) for side in (match.captures[place] for place in read))
+        sides = tuple((side.node, str(side.view), side.diagonals) for side in (match.captures[place] for place in read))
         identity = (spec.key, sides, str(shape), str(match.sizes), device)
         known = self.rewriter.tables.get(identity)
         if known is None or not known < self.target:
@@ -230,13 +232,24 @@ class GraphCalls:
             self.seeds[node] = self.call(torch.randint, 2**63 - 1, (), dtype=torch.int64, device=value_of(node).device)
         return self.seeds[node]
 
-    def _capture(self, side: Input) -> fx.Node:
+    def _capture(self, side: Input | Captured, match: Match) -> fx.Node:
         if side.seed:
             return self._seed(side.node)
+        if side.diagonals is not None:
+            return self._diagonals(side.diagonals, match)
         if not is_tensor(side.node):
             return self.call(torch.scalar_tensor, self.scalar(side.node), dtype=torch.float32)
         node = self.value(side.node)
         return node if side.view is None else self.view(node, side.view, copy=True, shape=tuple(value_of(side.node).shape))
+
+    def _diagonals(self, table: Diagonals, match: Match) -> fx.Node:
+        """A tensor with an element for each distance of a query and a key."""
+        captures = [self._capture(each, match) for each in table.captures]
+        sizes = [self.integer(size) for size in table.sizes]
+        shape = [self.integer(match.dims[letter]) for letter in "BHMN"]
+        device = value_of(match.query.node).device
+        function = torch.ops.flashfuse.diagonals.default
+        return self.call(function, captures, sizes, shape, table.letters, program_text(table.program), device)
 
     def operand(self, side: Input) -> fx.Node:
         """Query, key or value in canonical form."""

@@ -68,6 +68,7 @@ def _import_text(imports: dict[str, Any]) -> str:
         "",
         "import flashfuse.attention_op",
         "import flashfuse.block_ranges",
+        "import flashfuse.diagonals",
         "from flashfuse.reproduce import as_graph, constants, hold, run, tensor",
     ]
     block = _format_import_block(needed, sys_importer).strip()

@@ -20,6 +20,7 @@ from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import shape, value_of
+from flashfuse.patterns.captured import Diagonals
 from flashfuse.patterns.exponential import logarithm
 from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
@@ -42,7 +43,7 @@ class Input:
     """One tensor of the call: the normal form's node, the view to canonical form, and a cast to make first.
 
     `seed`: a seed to be drawn in the place of the random numbers that the node draws. `more`: what is joined to it along the
-    last dimension.
+    last dimension. `diagonals`: the node's elements by the distance n - m.
     """
 
     node: fx.Node
@@ -51,6 +52,7 @@ class Input:
     copy: bool = False
     seed: bool = False
     more: tuple[Input, ...] = ()
+    diagonals: Diagonals | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,8 @@ def assemble(
     anchor = frame.output if frame.softmax is None else frame.softmax.anchor
     return Match(
         anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
-        tuple(Input(each.node, each.view, seed=each.seed) for each in lifter.captures), tuple(lifter.sizes), out_view, layout,
+        tuple(Input(c.node, c.view, seed=c.seed, diagonals=c.diagonals) for c in lifter.captures),
+        tuple(lifter.sizes), out_view, layout,
         dims=_dims(views["query"], views["key"], views["value"], more_query), edges=frame.edges,
         factors=tuple(OutputFactor(f.name, f.tensor, lifter.positions.canonical(f.index)[0]) for f in frame.factors),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashfuse.ir.diagonals import diagonal_position, is_diagonal, is_diagonal_position
 from flashfuse.ir.mask import MASK_FILL
 from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
@@ -24,6 +25,7 @@ from flashfuse.ir.score_program import LEAVES, ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Dim, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
+from flashfuse.patterns.captured import Captured, by_distance
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View, canonical_view
 from flashfuse.patterns.selections import is_selection, operand_index
@@ -79,24 +81,6 @@ class Positions:
         return canonical_view(index, groups), tuple(groups)
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A tensor that the program reads: a node, or its form with the canonical dimensions (`view`, which may copy).
-
-    `seed`: the seed that takes the place of the random numbers that the node draws.
-    """
-
-    node: fx.Node
-    view: View | None = None
-    seed: bool = False
-
-    @property
-    def rank(self) -> int:
-        if self.seed:
-            return 0
-        return len(self.view.merge) if self.view is not None else len(shape(self.node)) if is_tensor(self.node) else 0
-
-
 @dataclass
 class Lifter:
     """Builds one score program. `captures` are the side tensors that it reads, `sizes` the symbolic integers."""
@@ -147,14 +131,30 @@ class Lifter:
         marks = len(self.captures), len(self.sizes)
         try:
             lifted = self._by_row(node, index)
+            table = None if self._reads_overwritten(lifted) else by_distance(self, node, lifted)
+            if table is not None:
+                self._forget(marks)
+                return self._load_diagonals(table)
             worth = self._spans_both(node, index) or _is_mask(lifted) or _is_plain_load(lifted)
             if worth and not self._loses_gradient(node, lifted) and not self._reads_overwritten(lifted):
                 return lifted
         except (Refused, axes.LayoutError):
             log.debug("%s is captured: it cannot be lifted", node)
+        self._forget(marks)
+        return self._capture(node, index)
+
+    def _forget(self, marks: tuple[int, int]) -> None:
+        """Take back the captures and sizes that were added since, and the values that read them."""
         del self.captures[marks[0] :], self.sizes[marks[1] :]
         self._known = {k: v for k, v in self._known.items() if not self._reads_beyond(v, marks)}
-        return self._capture(node, index)
+
+    def _load_diagonals(self, captured: Captured) -> Value:
+        assert captured.diagonals is not None
+        if captured not in self.captures:
+            self.captures.append(captured)
+        letters = [self.builder.leaf("index", letter) for letter in captured.diagonals.letters]
+        position = diagonal_position(self.builder)
+        return self.builder.leaf("load", self.captures.index(captured), Kind.FLOAT, [*letters, position])
 
     def _reads_beyond(self, value: Value, marks: tuple[int, int]) -> bool:
         stack, seen = [value.number], set()
@@ -179,7 +179,8 @@ class Lifter:
         needed = [s for s in loads if self.flow.needed(self.captures[int(s.attribute)].node)]  # type: ignore[arg-type]
         if not needed or not self.flow.needed(node):
             return bool(needed)
-        return any(self.builder.statements[o].op not in ("index", "const") for s in needed for o in s.operands)
+        positions = {o for s in needed for o in s.operands if self.builder.statements[o].op not in ("index", "const")}
+        return not all(is_diagonal_position(self.builder.statements, o) for o in positions)
 
     def _reads_overwritten(self, lifted: Value) -> bool:
         """Whether a side value is computed in place from a tensor that it overwrites: then it is captured itself."""
@@ -227,7 +228,7 @@ class Lifter:
             plain = [s for s in plain if is_tensor(s[0]) and not any(isinstance(d, Value) and d.constant for d in s[1])]
         node, index = (plain or stages)[-1]
         view = None
-        if not plain and self.flow.needed(node):
+        if not plain and self.flow.needed(node) and not self._by_diagonal(index):
             node, index = stages[0]
             view, index = self.positions.canonical(index)
         captured = Captured(node, view)
@@ -235,6 +236,11 @@ class Lifter:
             self.captures.append(captured)
         operands = [self.position(dim) for dim in index]
         return self.builder.leaf("load", self.captures.index(captured), self.kind(node), operands)
+
+    def _by_diagonal(self, index: Index) -> bool:
+        """Whether a position is computed from n - m alone: then what reads it may become a tensor of diagonals."""
+        statements = self.builder.statements
+        return any(isinstance(dim, Value) and is_diagonal(statements, dim.number) for dim in index)
 
     # ------------------------------------------------------------------------------------------ for rows
 

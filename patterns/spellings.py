@@ -385,6 +385,12 @@ def _index_tensor(lifter: Lifter, call: Call, index: Index) -> Value:
     return lifter.lift(source, (*positions, *index[len(index) - rest :]))
 
 
+def _embedding(lifter: Lifter, call: Call, index: Index) -> Value:
+    """A row of a table, by an index that is never negative."""
+    position: Any = lifter.operand(call["indices"], index[:-1])
+    return lifter.lift(call["weight"], (() if axes.is_one(shape(call["weight"])[0]) else position, index[-1]))
+
+
 _SELF = ("self",)
 _PAIR = ("self", "other")
 _VIEWS = (
@@ -505,6 +511,7 @@ _MADE = (
     Row(aten.tril.default, (*_SELF, "diagonal"), lift=_triangle(lower=True), makes_mask=True, weighs=True),
     Row(aten.triu.default, (*_SELF, "diagonal"), lift=_triangle(lower=False), makes_mask=True, weighs=True),
     Row(aten.index.Tensor, (*_SELF, "indices"), lift=_index_tensor),
+    Row(aten.embedding.default, ("weight", "indices"), lift=_embedding),
     Row(aten.diff.default, (*_SELF, "n", "dim", "prepend"), lift=_diff),
     Row(aten.cumsum.default, (*_SELF, "dim", "dtype"), lift=_cumsum),
 )

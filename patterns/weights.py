@@ -17,8 +17,9 @@ from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.ir.weight import is_proportional, vanishes, zero_choices
 from flashfuse.patterns.axes import Index, free, refined
+from flashfuse.patterns.captured import Captured
 from flashfuse.patterns.frame import Frame, reads_only_metadata
-from flashfuse.patterns.score_cone import Captured, Lifter, describe, folded
+from flashfuse.patterns.score_cone import Lifter, describe, folded
 from flashfuse.refusal import Refused
 
 

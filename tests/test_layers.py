@@ -21,6 +21,7 @@ LAYERS = (
      "flashfuse.chunked_attention", "flashfuse.aten_flash"),
     ("flashfuse.patterns", "flashfuse.codegen", "flashfuse.block_map"),
     ("flashfuse.records", "flashfuse.rewrite", "flashfuse.graph_calls", "flashfuse.attention_op", "flashfuse.block_ranges",
+     "flashfuse.diagonals",
      "flashfuse.report_text", "flashfuse.stages"),
     ("flashfuse.inductor_lowerings", "flashfuse.graph_source", "flashfuse.reproduce", "flashfuse.dump",
      "flashfuse.commentary"),

@@ -1,7 +1,7 @@
-"""Gradient of a capture that has an element for each query and key (an additive bias, say).
+"""Gradient of a capture that has an element for each query and key (an additive bias, say), or for each distance of both.
 
-One program owns a tile of one kept (batch, head) and loops over the batches and heads that the capture is broadcast
-over: deterministic, and the only tensor of M x N elements is the gradient itself.
+One program owns a tile of one kept (batch, head), or a strip of tiles along a diagonal, and loops over the batches and heads
+that the capture is broadcast over: deterministic, and the only tensor of M x N elements is a gradient that has so many.
 """
 
 import triton
@@ -18,6 +18,72 @@ from flashfuse.codegen.kernels.plain_score import (
     weight_gradient,
 )  # SPLICE
 from flashfuse.codegen.kernels.tiles import load_tile
+
+
+@triton.jit
+def add_tile(
+    acc, query, key, value, grad_out, stats, delta, inputs, first_m, first_n, b, h,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+    H, GROUP, M, N, plane,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr,
+    CAPTURE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc plus the gradient of the elements of capture CAPTURE in one tile of one batch and head."""
+    row = first_m + tl.arange(0, BLOCK_M)
+    column = first_n + tl.arange(0, BLOCK_N)
+    m = row[:, None]
+    n = column[None, :]
+    inside_m = m < M
+    inside_n = n < N
+    last_m = tl.minimum(first_m + BLOCK_M, M) - 1
+    b_wide = tl.cast(b, tl.int64)
+    h_wide = tl.cast(h, tl.int64)
+    g_wide = tl.cast(h // GROUP, tl.int64)
+    place = (b_wide * H + h) * M + row
+    lse, shift, row_delta = load_rows(stats, delta, place, plane, row < M, PLANES)
+    lo, hi, _full_lo, _full_hi, _gap_lo, _gap_hi = key_range(first_m, last_m, b, h, M, N, inputs)
+    visible = (first_n < hi) & (first_n + BLOCK_N > lo)
+    low = shift != 0.0
+    if PLANES == 2 and HAS_MASK:
+        visible = visible | (tl.max(low.to(tl.int32), 0) > 0)
+    if visible:
+        q = load_tile(
+            query + b_wide * query_b + h_wide * query_h + tl.cast(first_m, tl.int64) * query_m,
+            query_m, M - first_m, D, BLOCK_M, D_PAD, True,
+        )  # fmt: skip
+        k = load_tile(
+            key + b_wide * key_b + g_wide * key_g + tl.cast(first_n, tl.int64) * key_n,
+            key_n, N - first_n, D, BLOCK_N, D_PAD, True,
+        )  # fmt: skip
+        v = load_tile(
+            value + b_wide * value_b + g_wide * value_g + tl.cast(first_n, tl.int64) * value_n,
+            value_n, N - first_n, E, BLOCK_N, E_PAD, True,
+        )  # fmt: skip
+        do = load_tile(
+            grad_out + b_wide * grad_b + h_wide * grad_h + tl.cast(first_m, tl.int64) * grad_m,
+            grad_m, M - first_m, E, BLOCK_M, E_PAD, True,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        inside = inside_m & inside_n
+        ordinary = inside
+        if HAS_MASK:
+            ordinary = inside & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
+            if PLANES == 2:
+                ordinary = ordinary & (low == 0)[:, None]
+        x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        p = probability(x, lse[:, None], shift[:, None], SHIFTED)
+        dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
+        part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
+        acc += tl.where(ordinary, part, 0.0)
+        if PLANES == 2 and HAS_MASK:
+            x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+            p = low_probability(x, lse[:, None], shift[:, None])
+            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
+            part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, True)
+            acc += tl.where(inside & low[:, None], part, 0.0)
+    return acc
 
 
 @triton.jit(repr=named("flashfuse_grad_capture"))
@@ -41,57 +107,54 @@ def flashfuse_grad_capture(
     n = column[None, :]
     inside_m = m < M
     inside_n = n < N
-    last_m = tl.minimum(first_m + BLOCK_M, M) - 1
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for member in tl.range(0, summed_b * summed_h):
         b = kept // kept_h + member // summed_h
         h = kept % kept_h + member % summed_h
-        b_wide = tl.cast(b, tl.int64)
-        h_wide = tl.cast(h, tl.int64)
-        g_wide = tl.cast(h // GROUP, tl.int64)
-        place = (b_wide * H + h) * M + row
-        lse, shift, row_delta = load_rows(stats, delta, place, plane, row < M, PLANES)
-        lo, hi, _full_lo, _full_hi, _gap_lo, _gap_hi = key_range(first_m, last_m, b, h, M, N, inputs)
-        visible = (first_n < hi) & (first_n + BLOCK_N > lo)
-        low = shift != 0.0
-        if PLANES == 2 and HAS_MASK:
-            visible = visible | (tl.max(low.to(tl.int32), 0) > 0)
-        if visible:
-            q = load_tile(
-                query + b_wide * query_b + h_wide * query_h + tl.cast(first_m, tl.int64) * query_m,
-                query_m, M - first_m, D, BLOCK_M, D_PAD, True,
-            )  # fmt: skip
-            k = load_tile(
-                key + b_wide * key_b + g_wide * key_g + tl.cast(first_n, tl.int64) * key_n,
-                key_n, N - first_n, D, BLOCK_N, D_PAD, True,
-            )  # fmt: skip
-            v = load_tile(
-                value + b_wide * value_b + g_wide * value_g + tl.cast(first_n, tl.int64) * value_n,
-                value_n, N - first_n, E, BLOCK_N, E_PAD, True,
-            )  # fmt: skip
-            do = load_tile(
-                grad_out + b_wide * grad_b + h_wide * grad_h + tl.cast(first_m, tl.int64) * grad_m,
-                grad_m, M - first_m, E, BLOCK_M, E_PAD, True,
-            )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            inside = inside_m & inside_n
-            ordinary = inside
-            if HAS_MASK:
-                ordinary = inside & keep(b, h, m, n, inside_m, inside_n, M, N, inputs)
-                if PLANES == 2:
-                    ordinary = ordinary & (low == 0)[:, None]
-            x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-            p = probability(x, lse[:, None], shift[:, None], SHIFTED)
-            dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
-            part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, False)
-            acc += tl.where(ordinary, part, 0.0)
-            if PLANES == 2 and HAS_MASK:
-                x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
-                p = low_probability(x, lse[:, None], shift[:, None])
-                dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - row_delta[:, None])
-                part = tile_gradient(s, dx, p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs, CAPTURE, True)
-                acc += tl.where(inside & low[:, None], part, 0.0)
+        acc = add_tile(
+            acc, query, key, value, grad_out, stats, delta, inputs, first_m, first_n, b, h,
+            query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+            H, GROUP, M, N, plane,
+            D, E, D_PAD, E_PAD, BLOCK_M, BLOCK_N, HAS_MASK, PLANES, SHIFTED, CAPTURE, PRECISION,
+        )  # fmt: skip
     place = grad + tl.cast(kept // kept_h, tl.int64) * dc_b + tl.cast(kept % kept_h, tl.int64) * dc_h
     place = place + tl.cast(m, tl.int64) * dc_m + tl.cast(n, tl.int64) * dc_n
     tl.store(place, acc.to(grad.dtype.element_ty), mask=inside_m & inside_n)
+
+
+@triton.jit(repr=named("flashfuse_grad_diagonals"))
+def flashfuse_grad_diagonals(
+    query, key, value, grad_out, stats, delta, grad, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+    H, GROUP, M, N, plane, kept_h, summed_b, summed_h,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr,
+    CAPTURE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad `[kept batches, kept heads, strips, BLOCK, BLOCK]`, float32; the grid is (strips * kept batches * kept heads,).
+
+    A strip is the square tiles whose corners have one distance n - m, BLOCK more than in the strip before: what is summed over
+    them lies at the same place in every tile. Its sums along diagonals are left to the caller.
+    """
+    blocks_m = tl.cdiv(M, BLOCK)
+    blocks_n = tl.cdiv(N, BLOCK)
+    strips = blocks_m + blocks_n - 1
+    kept = tl.program_id(0) // strips
+    distance = tl.program_id(0) % strips - (blocks_m - 1)  # in blocks
+    start = tl.maximum(-distance, 0)
+    steps = tl.minimum(blocks_m, blocks_n - distance) - start
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for member in tl.range(0, summed_b * summed_h * steps):
+        b = kept // kept_h + member // steps // summed_h
+        h = kept % kept_h + member // steps % summed_h
+        first_m = (start + member % steps) * BLOCK
+        first_n = first_m + distance * BLOCK
+        acc = add_tile(
+            acc, query, key, value, grad_out, stats, delta, inputs, first_m, first_n, b, h,
+            query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
+            H, GROUP, M, N, plane,
+            D, E, D_PAD, E_PAD, BLOCK, BLOCK, HAS_MASK, PLANES, SHIFTED, CAPTURE, PRECISION,
+        )  # fmt: skip
+    row = tl.arange(0, BLOCK)[:, None]
+    place = grad + tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK) + row * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(place, acc)

@@ -28,6 +28,7 @@ from flashfuse.ir import mask, ranges
 from flashfuse.ir.affine import is_union
 from flashfuse.ir.certainty import Certainty, block_certainty
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
+from flashfuse.ir.diagonals import is_diagonal_position
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import INDICES, ScoreProgram, Statement, from_json, to_json
@@ -224,7 +225,7 @@ def from_text(text: str) -> AttentionSpec:
 def plain_load_letters(spec: AttentionSpec, capture: int) -> tuple[str, ...] | None:
     """The index letter of each dimension of a capture if every load indexes it by plain indices or 0, else None.
 
-    A dimension indexed by the constant 0 has letter "" (it is broadcast).
+    A dimension indexed by the constant 0 has letter "" (it is broadcast), one of diagonals (`ir/diagonals.py`) letter "d".
     """
     found: set[tuple[str, ...]] = set()
     for program, statement in spec.statements:
@@ -237,6 +238,8 @@ def plain_load_letters(spec: AttentionSpec, capture: int) -> tuple[str, ...] | N
                 letters.append(str(index.attribute))
             elif index.op == "const" and index.attribute == 0:
                 letters.append("")
+            elif is_diagonal_position(program.statements, operand):
+                letters.append("d")
             else:
                 return None
         found.add(tuple(letters))
@@ -244,4 +247,5 @@ def plain_load_letters(spec: AttentionSpec, capture: int) -> tuple[str, ...] | N
         return None
     only = next(iter(found))
     named = [letter for letter in only if letter]
-    return only if len(named) == len(set(named)) and set(named) <= set(INDICES) else None
+    plain = len(named) == len(set(named)) and set(named) <= {*INDICES, "d"}
+    return only if plain and not ("d" in named and {"m", "n"} & set(named)) else None

@@ -391,6 +391,28 @@ def _dense_low(s: Tensor, c: list[Tensor], z: tuple[int, ...], i: tuple[Tensor, 
     return _never(c[0][:, None, None, :] & (i[3] <= i[2]), s * 0.25, LOWEST)
 
 
+def _diagonals() -> list[Case]:
+    """A bias by the distance of query and key, of heads and of batches, with and without low rows."""
+    cases = []
+    small, other = (1, 2, 1, 37, 45, 16, 16), (2, 2, 1, 18, 33, 16, 16)
+    for name, letter, fill, shape in (("diagonals", "h", NEVER, small), ("diagonals_low", "b", LOWEST, other)):
+        p = Program()
+        table = p.capture("table", Kind.FLOAT, getattr(p, letter), (p.n - p.m) + (p.M - 1))
+        own = p.n <= p.m - 3 if letter == "b" else p.n <= p.m
+        spec = p.spec(p.masked(own, p.s * 0.25 + table * 2.0, fill), EXACT if letter == "b" else IMPOSSIBLE)
+
+        def dense(s, c, z, i, letter=letter, fill=fill):  # type: ignore[no-untyped-def]
+            bias = c[0][:, i[3] - i[2] + s.shape[2] - 1].reshape(-1, *s.shape[2:])
+            bias = bias if letter == "h" else bias[:, None]
+            keep = i[3] <= (i[2] - 3 if letter == "b" else i[2])
+            return torch.where(keep, s * 0.25 + bias * 2.0, torch.full((), fill, dtype=s.dtype, device=s.device))
+
+        count = shape[3] + shape[4] - 1
+        cases.append(Case(name, spec, dense, lambda g, count=count: [torch.randn(2, count, generator=g)],
+                          shape=shape, needs=(True,)))  # fmt: skip
+    return cases
+
+
 def _weights() -> list[Case]:
     square: Shape = (2, 2, 1, 37, 37, 16, 16)
     cases = []
@@ -461,7 +483,7 @@ def _sinks() -> list[Case]:
     return cases
 
 
-CASES = [*_plain(), *_masks(), *_scores(), *_weights(), *_sinks()]
+CASES = [*_plain(), *_masks(), *_scores(), *_diagonals(), *_weights(), *_sinks()]
 WIDE = [  # head dims above 256
     dataclasses.replace(next(case for case in CASES if case.name == name), name=f"{name}_wide", shape=shape)
     for name, shape in (("causal", (1, 2, 1, 33, 40, 512, 512)), ("causal_exact", (1, 2, 2, 21, 34, 300, 20)))

@@ -38,6 +38,7 @@ KERNELS = {
     "grad_query_low": "flashfuse_grad_query",
     "grad_key_value_low": "flashfuse_add_low_queries",
     "decode": "flashfuse_decode",
+    "grad_diagonals": "flashfuse_grad_diagonals",
 }
 _POINTERS = {
     **dict.fromkeys(("parts", "part_stats", "stats", "grad_stats", "delta", "partial", "grad"), "*fp32"),
@@ -70,6 +71,8 @@ def named_spec(name: str) -> AttentionSpec:
         return p.spec(p.masked(p.n <= p.m, scaled + slope * distance, never), EmptyRows.IMPOSSIBLE)
     if name == "bias":
         return p.spec(scaled + p.capture("bias", Kind.FLOAT, p.zero, p.h, p.m, p.n), EmptyRows.IMPOSSIBLE)
+    if name == "diagonals":
+        return p.spec(scaled + p.capture("table", Kind.FLOAT, p.h, (p.n - p.m) + (p.M - 1)), EmptyRows.IMPOSSIBLE)
     if name == "documents":
         d = p.declare("document", Kind.INT, 2)
         return p.spec(p.masked(p.load(d, p.b, p.m).eq(p.load(d, p.b, p.n)), scaled, never), EmptyRows.IMPOSSIBLE)
@@ -87,7 +90,8 @@ def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim:
     """
     plan = kernel_plan(divmod(target, 10), 4 if dtype == "fp32" else 2, head_dim)
     best: dict[str, object] | None = None
-    for tile in getattr(plan, kernel.removesuffix("_low")):
+    plans = {"grad_diagonals": "grad_capture"}
+    for tile in getattr(plan, plans.get(kernel, kernel.removesuffix("_low"))):
         if best is not None and best["spill"] <= 4 * plan.bearable(tile):  # type: ignore[operator]
             break
         report = compile_kernel(spec, kernel, target, dtype, head_dim, tile, even)
@@ -113,7 +117,7 @@ def compile_kernel(
     padded = max(16, 1 << (head_dim - 1).bit_length())
     constants = {
         "D": head_dim, "E": head_dim, "D_PAD": padded, "E_PAD": padded,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": block_table.BLOCK if tabled else 0,
+        "BLOCK": tile.block_m, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "TABLE_ROWS": block_table.BLOCK if tabled else 0,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
         "SHIFTED": dtype == "fp32" or (spec.planes == 2 and spec.split.keep is None),
         "SUMS": False, "GRAD_STATS": False, "EXACT_DELTA": False,

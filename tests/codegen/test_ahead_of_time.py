@@ -57,12 +57,13 @@ def test_real_launches_compile(tmp_path: Path) -> None:
     """Through the launcher, with lengths, heads and strides of 1 as the constants that Triton makes of them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal", "sinks_rows", "dropout_low_rows"]
+    cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal", "sinks_rows", "dropout_low_rows",
+             "diagonals"]  # fmt: skip
     command = [sys.executable, str(SCRIPT.with_name("compile_launches.py")), "sm_90", "bf16", *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(cases)
     assert set(done.stdout.split()) - set(cases) == {
         "flashfuse_forward", "flashfuse_grad_query", "flashfuse_grad_key_value", "flashfuse_grad_capture",
-        "flashfuse_add_low_queries", "flashfuse_block_bounds", "flashfuse_block_table",
+        "flashfuse_grad_diagonals", "flashfuse_add_low_queries", "flashfuse_block_bounds", "flashfuse_block_table",
     }  # fmt: skip

@@ -205,7 +205,17 @@ FAMILIES = [
            captures=lambda B, H, M, N: (torch.rand(N, dtype=torch.float64) + 0.5,), needs=(True,), rows=IMPOSSIBLE),
     family("relative_table", lambda w: w.s + w.load("table", Kind.FLOAT, w.h, w.n - w.m + (w.M - 1)),
            lambda s, c, b, h, m, n: s + c[0][:, (n - m + s.shape[2] - 1)[0, 0]],
+           captures=lambda B, H, M, N: (torch.randn(H, M + N, dtype=torch.float64),), needs=(True,)),
+    family("table_by_sum", lambda w: w.s + w.load("table", Kind.FLOAT, w.h, w.n + w.m),
+           lambda s, c, b, h, m, n: s + c[0][:, (n + m)[0, 0]],
            captures=lambda B, H, M, N: (torch.randn(H, M + N, dtype=torch.float64),)),
+    family("relative_bias", lambda w: w.mask(
+        w.n <= w.m - 2, w.s * 0.3 + w.load("table", Kind.FLOAT, w.b, w.n - w.m + (w.M - 1)) * w.load("x", Kind.FLOAT, w.n),
+        LOWEST),
+           lambda s, c, b, h, m, n: fill(
+               n <= m - 2, s * 0.3 + (c[0][:, (n - m + s.shape[2] - 1)[0, 0]] * c[1]).unsqueeze(1), LOWEST),
+           captures=lambda B, H, M, N: (torch.randn(B, M + N - 1, dtype=torch.float64), torch.randn(N, dtype=torch.float64)),
+           needs=(True, True)),
     family("dropout", lambda w: w.mask(w.n <= w.m, w.s * 0.3), lambda s, c, b, h, m, n: fill(n <= m, s * 0.3),
            rows=IMPOSSIBLE, weight=lambda w: w.dropped(w.p, 0.3),
            dense_weight=lambda p, c, *i: _dropped(p, c[0], 0.3, *i), captures=_seeded()),

@@ -182,7 +182,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_a_capture_without_plain_positions_cannot_need_a_gradient() -> None:
-    each = small("relative_table")
+    each = small("table_by_sum")
     tensors, captures = make(each)
     assert apply(each, tensors, captures).requires_grad
     captures[0].requires_grad_()

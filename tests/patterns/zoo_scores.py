@@ -145,10 +145,32 @@ def _t5_bucket() -> torch.Tensor:
     return torch.where(n < 8, n, torch.min(large, torch.full_like(large, 15)))
 
 
-@spelling(inputs=lambda: (*qkv(), torch.randn(16, H)), score="s + c0[m, n, h]", rows="exact", gradients=(0, 1, 2, 3))
+@spelling(
+    inputs=lambda: (*qkv(), torch.randn(16, H)), score="s + c0[h, (n - m) + (M - 1)]", rows="exact", gradients=(0, 1, 2, 3)
+)
 def t5_bias(q, k, v, table):
     bias = F.embedding(_t5_bucket(), table).permute([2, 0, 1]).unsqueeze(0)
     return (q @ k.mT + bias).softmax(-1) @ v
+
+
+@spelling(inputs=lambda: (*qkv(), torch.randn(16, H)), score="s + c0[m, n, h]", rows="exact", gradients=(0, 1, 2, 3))
+def t5_bias_with_a_bucket_that_learns_nothing(q, k, v, table):
+    bias = F.embedding(_t5_bucket(), table, padding_idx=3).permute([2, 0, 1]).unsqueeze(0)
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+@spelling(
+    inputs=lambda: (*qkv(), torch.randn(2 * S - 1)), score="(s * 0.25) + (c0[(n - m) + (M - 1)] * 2)", rows="exact",
+    gradients=(0, 1, 2, 3),
+)  # fmt: skip
+def bias_by_distance(q, k, v, table):
+    return (_scores(q, k) + 2.0 * table[_distance() + S - 1]).softmax(-1) @ v
+
+
+@spelling(inputs=lambda: (*qkv(), torch.randn(2 * S)), score="(s * 0.25) + c0[m + n]", rows="exact", gradients=(0, 1, 2, 3))
+def bias_by_the_sum_of_positions(q, k, v, table):
+    position = torch.arange(S)
+    return (_scores(q, k) + table[position[:, None] + position]).softmax(-1) @ v
 
 
 @spelling(
