@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from zoo_entries import B, D, H, S, near_miss, spelling
 
-RATE = 1e-12
-
 
 def _pairs(*factor: int) -> tuple[torch.Tensor, ...]:
     """Two query and key heads a value head of twice the width, and lambda."""
@@ -51,15 +49,6 @@ def sum_of_three_softmaxes(q, k, v, factor):
     first, second = _halves(q, k)
     third = (q[:, :H] @ k[:, :H].mT * 0.25).softmax(-1)
     return torch.add(third, second * factor - first, alpha=-0.5) @ v
-
-
-@spelling(
-    inputs=_pairs, gradients=(0, 1, 2, 3), sites=2,
-    weight="p * (0 if (random_bits(c0) < 0) else 1)",
-)  # fmt: skip
-def dropout_of_a_difference(q, k, v, factor):
-    first, second = _halves(q, k)
-    return F.dropout(first - factor * second, RATE, training=True) @ v
 
 
 # ------------------------------------------------------------------------------------------------ near misses
