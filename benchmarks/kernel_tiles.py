@@ -67,6 +67,7 @@ def attempts(mask: str, head_dim: int, options: argparse.Namespace):
     out, stats = launch.forward(spec, q, k, v, captures, [])
     call = launch.Call(spec, q, k, v, captures, [])
     call.out, call.grad_out, call.stats, call.delta = out, do, stats, torch.zeros_like(stats[0])
+    call.grad_stats = None
     no_captures = capture_gradients(call, [])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     launchers = {
