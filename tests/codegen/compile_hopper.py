@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
-from compile_report import _TYPES, named_spec
+from compile_report import _TYPES, machine_code, named_spec
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -54,15 +51,6 @@ def compile_forward(spec: AttentionSpec, dtype: str, head_dim: int, *, even: boo
     signature = {name: types.get(name, "i32") for name in function.arg_names}
     source = GluonASTSource(function, signature, constants, {})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
-def machine_code(compiled: object) -> str:
-    """SASS."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])  # type: ignore[attr-defined]
-        file.flush()
-        command = [str(Path(ptxas.assembler()).with_name("nvdisasm")), "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def overlapping_loops(sass: str) -> int:

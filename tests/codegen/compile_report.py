@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flashfuse.codegen import ptxas
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.plan import Tile, kernel_plan
 from flashfuse.ir import block_table
@@ -156,29 +158,29 @@ def compile_kernel(
         "name": compiled.metadata.name,
         "tile": tile,
         "shared": compiled.metadata.shared,
-        **_assembled(compiled.asm["ptx"], target),
+        **_assembled(compiled, target),
     }
 
 
-def _assembled(ptx: str, target: int) -> dict[str, object]:
-    arch = f"sm_{target}a" if target == 90 else f"sm_{target}"
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
-        said = _run("ptxas", "-v", f"-arch={arch}", str(source), "-o", str(cubin)).stderr
-        machine_code = _run("nvdisasm", "-c", str(cubin)).stdout
+def _assembled(compiled: Any, target: int) -> dict[str, object]:
+    ptx = compiled.asm["ptx"]
+    found = ptxas.report(ptx, f"sm_{target}a" if target == 90 else f"sm_{target}")
     return {
-        "registers": max(int(number) for number in re.findall(r"Used (\d+) registers", said)),
-        "spill": max(int(number) for number in re.findall(r"(\d+) bytes spill stores", said)),
-        "advisories": sorted(set(re.findall(r"C75\d\d", said))),
+        "registers": found.registers,
+        "spill": found.spilled,
+        "advisories": sorted({code for words in found.advisories for code in re.findall(r"C75\d\d", words)}),
         "wgmma": ptx.count("wgmma.mma_async"),
-        **_main_loop(machine_code),
+        **_main_loop(machine_code(compiled)),
     }
 
 
-def _run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True)
+def machine_code(compiled: Any) -> str:
+    """SASS."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(Path(ptxas.assembler()).with_name("nvdisasm")), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _main_loop(machine_code: str) -> dict[str, object]:

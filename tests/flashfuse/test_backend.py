@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashfuse import backend
+from flashfuse.codegen import kernel_choice
 from flashfuse.options import parse
 
 
@@ -124,6 +125,19 @@ def test_strict_turns_a_refusal_into_an_error_with_the_line():
     with pytest.raises(Exception, match=r"test_backend.py:\d+.*FF401"):
         compiled(refused, strict=True)(*qkv())
     compiled(attention, strict=True)(*qkv())
+
+
+def test_the_kernel_option_reaches_every_attention_and_every_term_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str] = {}
+    monkeypatch.setattr(kernel_choice, "ask", asked.__setitem__)
+
+    def difference(q, k, v):
+        return ((q @ k.mT * 0.5).softmax(-1) - 0.5 * (q @ k.mT * 0.125).softmax(-1)) @ v
+
+    compiled(attention, kernel="portable")(*qkv())
+    assert list(asked.values()) == ["portable"]
+    compiled(difference, kernel="hopper")(*qkv())
+    assert sorted(asked.values()) == ["hopper", "hopper", "portable"]
 
 
 # ------------------------------------------------------------------------------------------------ fallbacks
