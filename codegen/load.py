@@ -132,8 +132,8 @@ def _intact(path: Path, text: str) -> bool:
 
 
 def remembered(name: str, find: Callable[[], str]) -> str:
-    """What `find` said when it was first asked on this machine; the text lies in the cache folder under `name`."""
-    path = cache_folder() / name
+    """What `find` said when it was first asked on this machine; the text lies in the cache folder, as answers/`name`."""
+    path = cache_folder() / "answers" / name
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

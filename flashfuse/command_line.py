@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,8 @@ def _cache(chosen: argparse.Namespace) -> int:
     from flashfuse.report_text import bytes_text
 
     folder = cache_folder()
-    kernels, tuned = folder.glob("attention_*.py"), (folder / "tuned").glob("*.json")
-    files = sorted((*kernels, *tuned), key=lambda path: path.stat().st_mtime) if folder.exists() else []
+    found = (folder.glob("attention_*.py"), (folder / "tuned").glob("*.json"), (folder / "answers").glob("*.txt"))
+    files = sorted((path for each in found for path in each), key=lambda path: path.stat().st_mtime) if folder.exists() else []
     total = sum(path.stat().st_size for path in files)
     if chosen.action == "clear":
         for path in files:
@@ -272,15 +273,18 @@ def _cache(chosen: argparse.Namespace) -> int:
         for path in files:
             out.print(f"{path.name}  {bytes_text(path.stat().st_size)}  {_title(path)}", markup=False)
     word = "removed" if chosen.action == "clear" else "in"
-    results = sum(path.suffix == ".json" for path in files)
-    words = f"{len(files) - results} kernels" + (f", {results} tuning results" if results else "")
+    count = Counter(path.suffix for path in files)
+    words = f"{count['.py']} kernels" + (f", {count['.json']} tuning results" if count[".json"] else "")
+    words += f", {count['.txt']} checks" if count[".txt"] else ""
     out.print(f"{words}, {bytes_text(total)} {word} {folder}", markup=False)
     return OK
 
 
 def _title(path: Path) -> str:
-    """The formulas in a kernel's docstring, or what a tuning result is for."""
+    """The formulas in a kernel's docstring, or what a tuning result is for, or how a check came out."""
     if path.suffix == ".json":
         return f"{path.parent.name} tiles"
+    if path.suffix == ".txt":
+        return path.read_text(encoding="utf-8") or "good"
     lines = path.read_text(encoding="utf-8").splitlines()[2:4]
     return "; ".join(line.strip() for line in lines if line.startswith("    ") and "rows without" not in line)

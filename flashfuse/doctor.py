@@ -27,7 +27,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check in order. A check that itself fails is a finding, too."""
     findings = []
-    for check in (_python, _torch, _triton, _gpu, _interpreter, _compiler, _cache, _extras, _backend, _trial):
+    for check in (_python, _torch, _triton, _gpu, _hopper, _interpreter, _compiler, _cache, _extras, _backend, _trial):
         try:
             findings.append(check())
         except Exception as error:
@@ -79,6 +79,22 @@ def _gpu() -> Finding:
     if capability < (8, 0):
         return Finding("GPU", "less", found, "kernels need compute capability 8.0 (A100, RTX 30 or newer); the torch path runs")
     return Finding("GPU", "ok", found)
+
+
+def _hopper() -> Finding:
+    import torch
+
+    name = "Hopper kernels"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return Finding(name, "ok", "not for this device: they need compute capability 9.0")
+    from flashfuse.codegen import hopper
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    tiles = [] if hopper.missing() else [(tile, dim) for dim, known in hopper.TILES.items() for tile in known]
+    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, tile, dim) for tile, dim in tiles} - {""}))
+    if not fault:
+        return Finding(name, "ok", "they pass their check")
+    return Finding(name, "less", fault, "the portable kernels serve; `python -m flashfuse cache clear` has them checked again")
 
 
 def _interpreter() -> Finding:

@@ -132,7 +132,7 @@ def test_remembered_text_lies_in_the_cache_folder(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FLASHFUSE_CACHE_DIR", str(tmp_path))
     assert load.remembered("name.txt", lambda: "first") == "first"
     assert load.remembered("name.txt", lambda: "second") == "first"
-    assert (tmp_path / "name.txt").read_text() == "first"
+    assert (tmp_path / "answers" / "name.txt").read_text() == "first"
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

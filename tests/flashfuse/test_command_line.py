@@ -96,6 +96,21 @@ def test_doctor_in_a_fresh_process():
     assert states["trial"] == "ok", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(("fault", "state"), [("", "ok"), ("results differ by 3", "less")])
+def test_doctor_tells_of_the_hopper_kernels(fault: str, state: str, monkeypatch: pytest.MonkeyPatch):
+    from flashfuse import doctor
+    from flashfuse.codegen import hopper
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper, "missing", lambda: "")
+    monkeypatch.setattr(hopper, "distrust", lambda *_facts: fault)
+    finding = doctor._hopper()
+    assert finding.state == state
+    assert fault in finding.found
+
+
 def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     from flashfuse import doctor
 
@@ -118,14 +133,18 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (tmp_path / "kernels" / "attention_1.py").write_text('"""flashfuse attention 1\n\n    score  s * 0.125\n"""\n')
     (tmp_path / "kernels" / "tuned").mkdir()
     (tmp_path / "kernels" / "tuned" / "1.json").write_text("{}")
+    (tmp_path / "kernels" / "answers").mkdir()
+    (tmp_path / "kernels" / "answers" / "hopper_1.txt").write_text("results differ by 3")
     assert main(["cache"]) == OK
     listed = capsys.readouterr().out
     assert "s * 0.125" in listed
-    assert "1 kernels, 1 tuning results" in listed
+    assert "hopper_1.txt" in listed
+    assert "results differ by 3" in listed
+    assert "1 kernels, 1 tuning results, 1 checks" in listed
     assert doctor._cache().found.endswith("1 kernels, 1 tuning results")
     assert main(["cache", "clear", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["bytes"] > 0
-    assert sorted(path.name for path in (tmp_path / "kernels").rglob("*")) == ["mine.txt", "tuned"]
+    assert sorted(path.name for path in (tmp_path / "kernels").rglob("*")) == ["answers", "mine.txt", "tuned"]
 
 
 def test_without_rich_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
