@@ -5,6 +5,7 @@ Works on CUDA tensors, and on CPU tensors in Triton's interpreter when TRITON_IN
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -260,11 +261,9 @@ class Call(Launches):
         key = tuning.key_of(self, kernel, self.constants["PRECISION"])
         found = tuning.result_for(key, candidates)
         if found is not None:
-            try:
+            with contextlib.suppress(OutOfResources):  # another alignment than when it was tuned
                 attempt(found)
                 return
-            except OutOfResources:  # another alignment than when it was tuned
-                pass
         default = _settle(identity, plan, kernel, attempt, repeatable)
         if found is None and tuning.possible(self):
             tuning.tune(key, attempt, results, default, candidates, self.rounding)
