@@ -33,6 +33,12 @@ _LEAST_FILL = 0.6  # tiles a multiprocessor
 _MOST_SPILLED = 512  # bytes a thread; they lie where blocks are masked and where a tile begins
 
 
+# How long functions of the score take the compiler, where a thread has 64 of them: sine and cosine, which branch, 9 seconds
+# each, 22 together and minutes with erf besides; the others about 1.
+_COMPILE_COST = {"sin": 4, "cos": 4, "erf": 1, "log": 1, "mod": 1, "floordiv": 1}
+_MOST_COMPILE_COST = 4
+
+
 @dataclass(frozen=True)
 class HopperTile:
     """Consumers of 64 queries each, keys in a block, stages of the pipeline, and a consumer's registers."""
@@ -96,6 +102,8 @@ def refusal(call: Call, *, eager: bool = False) -> str:
         return f"head dims {call.D} and {call.E}"
     if call.spec.weight is not None and call.spec.weight.uses("random_bits"):
         return "dropout"
+    if sum(_COMPILE_COST.get(statement.op, 0) for _, statement in call.spec.statements) > _MOST_COMPILE_COST:
+        return "its score program would take long to compile"
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if not describable(tensor):
             return f"{name} is not aligned to 16 bytes"

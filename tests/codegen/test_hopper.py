@@ -86,6 +86,22 @@ def test_short_ranges_are_left_to_smaller_tiles() -> None:
     assert short == {"window", "documents", "documents_causal", "padding"}
 
 
+class ShownAsCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_programs_that_take_long_to_compile_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "missing", lambda: "reached")
+    specs = {case.name: case.spec for case in CASES}
+    query = torch.zeros(1, 2, 512, 64, dtype=torch.bfloat16).as_subclass(ShownAsCuda)
+    for name, expected in (("sin_cos_erf", "would take long"), ("softcap", "reached"), ("plain", "reached")):
+        facts = {"query": query, "key": query, "value": query, "spec": specs[name], "padded": (64, 64), "D": 64, "E": 64}
+        call = a_call(**facts, B=1, H=2, M=512, N=512)
+        assert expected in hopper.refusal(call), name
+
+
 def test_a_call_off_hopper_is_refused_with_a_reason() -> None:
     case = next(case for case in CASES if case.name == "causal")
     inputs = make_inputs(case, torch.float16)
