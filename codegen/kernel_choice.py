@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _asked: dict[str, str] = {}
+_edited: set[str] = set()  # keys of specs whose portable kernels somebody wrote himself
 
 
 def ask(spec_key: str, kernel: str) -> None:
@@ -10,6 +11,12 @@ def ask(spec_key: str, kernel: str) -> None:
     _asked[spec_key] = kernel
 
 
+def note_edited(spec_key: str) -> None:
+    """The spec's portable kernels are somebody's own: "auto" means them from now on."""
+    _edited.add(spec_key)
+
+
 def asked(spec_key: str) -> str:
-    """What was asked for; "auto" if nothing was."""
-    return _asked.get(spec_key, "auto")
+    """What was asked for; without a word "portable" for kernels that were edited, else "auto"."""
+    said = _asked.get(spec_key, "auto")
+    return "portable" if said == "auto" and spec_key in _edited else said

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from flashfuse.codegen import kernel_choice
 from flashfuse.codegen.emit import module_text
 from flashfuse.errors import InternalError
 from flashfuse.ir.attention_spec import AttentionSpec
@@ -38,7 +39,7 @@ def kernel_module(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = F
     fast_tanh = fast_tanh and spec.score.uses("tanh")
     known = _modules.get((spec.key, fast_tanh, hopper))
     if known is None:
-        known = _import(_edited(spec, fast_tanh, hopper) or write_kernel(spec, fast_tanh, hopper))
+        known = _import(_overriding(spec, fast_tanh, hopper) or write_kernel(spec, fast_tanh, hopper))
         _modules[(spec.key, fast_tanh, hopper)] = known
     return known
 
@@ -84,19 +85,33 @@ def place_kernels(spec: AttentionSpec, folder: Path, tail: str) -> None:
 
 
 def use_file(spec: AttentionSpec, path: Path) -> None:
-    """Take this file for the kernels of a spec, whatever its text."""
+    """Take this file for the kernels of a spec, portable ones or those for Hopper, whatever its text; they serve from now on."""
     module = _import(path)
+    hopper = hasattr(module, "flashfuse_hopper_forward")
     for each in (False, True):
-        _modules[(spec.key, each, False)] = module
+        _modules[(spec.key, each, hopper)] = module
+    kernel_choice.ask(spec.key, "hopper" if hopper else "portable")
 
 
-def _edited(spec: AttentionSpec, fast_tanh: bool, hopper: bool) -> Path | None:
+def _overriding(spec: AttentionSpec, fast_tanh: bool, hopper: bool) -> Path | None:
     """The file in $FLASHFUSE_OVERRIDE that stands for this module, if there is one."""
+    found = _found(spec, fast_tanh, hopper)
+    if found is None:
+        return None
+    log.info("kernel from %s", found)
+    if not hopper and _is_edited(found) and not _is_edited(_found(spec, fast_tanh, True)):
+        kernel_choice.note_edited(spec.key)
+    return found
+
+
+def _found(spec: AttentionSpec, fast_tanh: bool, hopper: bool) -> Path | None:
     named = os.environ.get("FLASHFUSE_OVERRIDE")
     found = sorted(Path(named).expanduser().rglob(_kernel_name(spec, fast_tanh, hopper))) if named else []
-    if found:
-        log.info("kernel from %s", found[0])
     return found[0] if found else None
+
+
+def _is_edited(path: Path | None) -> bool:
+    return path is not None and not _is_generated(path.read_text(encoding="utf-8"))
 
 
 def module_path(spec: AttentionSpec, fast_tanh: bool = False) -> Path:

@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from flashfuse.codegen import load
+from flashfuse.codegen import kernel_choice, load
+from flashfuse.codegen.hopper import missing as hopper_missing
 from flashfuse.graph_source import GraphSource
+from flashfuse.ir.attention_spec import AttentionSpec
+from flashfuse.ir.score_builder import Builder
 from flashfuse.reproduce import largest_difference, plain_attention, tensor
 
 TABLE = torch.arange(64.0)
@@ -113,12 +116,42 @@ def test_an_edited_kernel_is_used(dump: Path, tmp_path: Path):
     assert differences(process.communicate(timeout=300)[0])[0] > 0.1
 
 
-def test_a_kernel_edited_in_the_dump_is_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    from flashfuse.ir.attention_spec import AttentionSpec
-    from flashfuse.ir.score_builder import Builder
-
+def scaled(by: float) -> AttentionSpec:
     builder = Builder()
-    spec = AttentionSpec(builder.program(builder.leaf("score") * 0.123))
+    return AttentionSpec(builder.program(builder.leaf("score") * by))
+
+
+def test_an_edited_portable_kernel_is_what_auto_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU where "auto" would take the Hopper forward an edited portable one would not be reached."""
+    monkeypatch.setattr(load, "_placed", {})
+    specs = {name: scaled(by) for name, by in (("untouched", 0.21), ("edited", 0.22), ("both", 0.23))}
+    for name, spec in specs.items():
+        load.place_kernels(spec, tmp_path, "\n# tail\n")
+        for hopper, edited in ((False, name != "untouched"), (True, name == "both")):
+            path = load.write_kernel(spec, hopper=hopper)
+            path.write_text(path.read_text() + "# mine\n" * edited)
+    monkeypatch.setenv("FLASHFUSE_OVERRIDE", str(tmp_path))
+    for spec in specs.values():
+        load.kernel_module(spec)
+    asked = {name: kernel_choice.asked(spec.key) for name, spec in specs.items()}
+    assert asked == {"untouched": "auto", "edited": "portable", "both": "auto"}
+    kernel_choice.ask(specs["edited"].key, "auto")  # as every compilation says without the option
+    assert kernel_choice.asked(specs["edited"].key) == "portable"
+    kernel_choice.ask(specs["edited"].key, "hopper")
+    assert kernel_choice.asked(specs["edited"].key) == "hopper"
+
+
+def test_a_kernel_file_that_is_run_is_what_serves():
+    spec = scaled(0.24)
+    for hopper in (True, False) if not hopper_missing() else (False,):
+        path = load.write_kernel(spec, hopper=hopper)
+        load.use_file(spec, path)
+        assert load.kernel_module(spec, hopper=hopper).__file__ == str(path)
+        assert kernel_choice.asked(spec.key) == ("hopper" if hopper else "portable")
+
+
+def test_a_kernel_edited_in_the_dump_is_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    spec = scaled(0.123)
     load.place_kernels(spec, tmp_path, "\n# tail\n")
     path = load.write_kernel(spec)
     assert path.parent == tmp_path
