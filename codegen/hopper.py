@@ -1,8 +1,9 @@
 """The Hopper forward: when it serves, its launch, and what must hold before it is trusted.
 
 It is written in Gluon, reads its tensors through TMA descriptors and takes 16-bit elements in head dims that are padded
-(by the hardware, with zeros) to 64, 128 or 256. Everything else runs on the portable kernels, and so does whatever fails here:
-a kernel that does not compile, one that ptxas spoils, and all of them on a machine where a small attention comes out wrong.
+(by the hardware, with zeros) to 64, 96, 128, 192 or 256. Everything else runs on the portable kernels, and so does whatever
+fails here: a kernel that does not compile, one that ptxas spoils, and all of them on a machine where a small attention
+comes out wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,55 +18,30 @@ import torch
 from torch import Tensor
 
 from flashfuse.codegen import kernel_choice, ptxas
+from flashfuse.codegen.hopper_tiles import ROWS, SHORT_SERVED, Dims, HopperTile, has_short_ranges, parts, row_of, tiles_of
 from flashfuse.codegen.load import kernel_module, remembered
-from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+from flashfuse.ir.attention_spec import EmptyRows
 
 if TYPE_CHECKING:
     from flashfuse.codegen.launch import Call
 
 log = logging.getLogger("flashfuse")
 
-ROWS = 64  # queries of one consumer
 _L2_BYTES = 16 << 20  # of keys and values that the tiles under way may read: a third of an H100's L2 cache
 _LEAST_KEYS = 512
 _LEAST_FILL = 0.6  # tiles a multiprocessor
 _MOST_SPILLED = 512  # bytes a thread; they lie where blocks are masked and where a tile begins
-
 
 # How long functions of the score take the compiler, where a thread has 64 of them: sine and cosine, which branch, 9 seconds
 # each, 22 together and minutes with erf besides; the others about 1.
 _COMPILE_COST = {"sin": 4, "cos": 4, "erf": 1, "log": 1, "mod": 1, "floordiv": 1}
 _MOST_COMPILE_COST = 4
 
-
-@dataclass(frozen=True)
-class HopperTile:
-    """Consumers of 64 queries each, keys in a block, stages of the pipeline, and a consumer's registers."""
-
-    consumers: int
-    block_n: int
-    stages: int
-    registers: int
-    staged: bool  # results leave through shared memory of their own
-
-    @property
-    def block_m(self) -> int:
-        """Queries in a tile."""
-        return self.consumers * ROWS
-
-
-# padded head dim -> tiles, the fastest first; 227 KiB of shared memory and 64 Ki registers bound them
-TILES = {
-    64: (HopperTile(3, 128, 2, 160, True), HopperTile(2, 128, 4, 240, True)),
-    128: (HopperTile(2, 128, 2, 240, True),),
-    256: (HopperTile(2, 64, 2, 240, False),),
-}
-
-_passed_over: dict[tuple[str, int], int] = {}  # key of a spec and head dim -> tiles of which ptxas makes nothing good
-_failed: dict[str, str] = {}  # key of a spec -> why its kernel is not used
+_passed_over: dict[tuple[str, Dims], int] = {}  # key of a spec and head dims -> tiles of which ptxas makes nothing good
+_failed: dict[tuple[str, Dims], str] = {}  # the same -> why its kernel is not used
 _told: set[tuple[str, str]] = set()
-_examined: set[tuple[str, int, HopperTile]] = set()  # kernels that ptxas was asked about
-_trust: dict[tuple[torch.device, HopperTile], str] = {}
+_examined: set[tuple[str, Dims, HopperTile]] = set()  # kernels that ptxas was asked about
+_trust: dict[tuple[torch.device, HopperTile, Dims], str] = {}
 
 
 @cache
@@ -97,8 +72,9 @@ def refusal(call: Call, *, eager: bool = False) -> str:
         return f"elements are {call.query.dtype} and {call.value.dtype}"
     if call.spec.wide:
         return "its output is float32"
-    widest = max(call.padded)
-    if widest not in TILES or min(call.padded) < 64 or (widest == 256 and min(call.padded) < 256):
+    dims = dims_of(call)
+    row, tiles = row_of(call.spec, dims)
+    if min(call.padded) < 64 or not tiles:
         return f"head dims {call.D} and {call.E}"
     if call.spec.weight is not None and call.spec.weight.uses("random_bits"):
         return "dropout"
@@ -107,34 +83,26 @@ def refusal(call: Call, *, eager: bool = False) -> str:
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if not describable(tensor):
             return f"{name} is not aligned to 16 bytes"
-    if not eager and has_short_ranges(call.spec):
+    if not eager and call.spec.has_gaps:
+        return "its ranges of keys have gaps"
+    if not eager and has_short_ranges(call.spec) and row not in SHORT_SERVED:
         return "its ranges of keys are short"
     tile = tile_of(call)
     fill = -(-call.M // tile.block_m) * call.B * call.H / multiprocessors(call.query.device)
     if not eager and (call.N < _LEAST_KEYS or fill < _LEAST_FILL):
         return "few keys or queries"
-    return missing() or _failed.get(call.spec.key, "") or distrust(call.query.device, tile, widest)
+    return missing() or _failed.get((call.spec.key, dims), "") or distrust(call.query.device, tile, dims)
 
 
-def has_short_ranges(spec: AttentionSpec) -> bool:
-    """Whether queries see few keys near themselves, as in sliding windows and documents, or their keys have a gap, over which
-    this kernel does not step: smaller tiles waste less there.
-
-    A window's range has a lower end that moves with the query. Masks over captured vectors count as documents, padding
-    among them: only documents were measured.
-    """
-    if spec.certainty is not None:
-        return True
-    found = spec.key_ranges
-    if found is None:
-        return False
-    return spec.has_gaps or found.program.statements[found.program.results[0]].op != "const"
+def dims_of(call: Call) -> Dims:
+    """A call's head dims, padded."""
+    return sum(parts(call.D)), sum(parts(call.E))
 
 
 def tile_of(call: Call) -> HopperTile:
     """The first tile for a call's head dims that was not passed over."""
-    widest = max(call.padded)
-    return TILES[widest][_passed_over.get((call.spec.key, widest), 0)]
+    dims = dims_of(call)
+    return tiles_of(call.spec, dims)[_passed_over.get((call.spec.key, dims), 0)]
 
 
 @cache
@@ -150,8 +118,13 @@ def describable(tensor: Tensor) -> bool:
     return aligned and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
-def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
-    """Of `[1, 1, rows, columns]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends."""
+def descriptors(tensor: Tensor, rows: int) -> tuple[Any, Any]:
+    """Of `[1, 1, rows, part]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends, for one or both parts of its dim."""
+    whole, *rest = parts(tensor.shape[3])
+    return _descriptor(tensor, rows, whole), _descriptor(tensor, rows, rest[0]) if rest else None
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -165,28 +138,32 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 
 def forward(call: Call, out: Tensor, stats: Tensor) -> bool:
     """Launch for a call that is taken: what the portable kernel writes, low rows left to it. False if it has failed."""
-    tile, widest = tile_of(call), max(call.padded)
+    tile = tile_of(call)
     try:
         compiled = launch(call, out, stats, tile)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler in the making may raise; the portable kernels do not need it
-        _fail(call, f"it does not compile ({type(error).__name__}: {' '.join(str(error).split())[-200:]})")
+        _pass_over(call, tile, f"it does not compile ({type(error).__name__}: {' '.join(str(error).split())[-200:]})")
         return False
-    if (call.spec.key, widest, tile) not in _examined:
-        _examined.add((call.spec.key, widest, tile))
+    if (call.spec.key, dims_of(call), tile) not in _examined:
+        _examined.add((call.spec.key, dims_of(call), tile))
         fault = spoiled(compiled)
-        if fault and tile is TILES[widest][-1]:
-            _fail(call, fault)
-        elif fault:  # what it computed is right; the next call takes the next tile
-            log.info("attention %s: another Hopper tile than %s: %s", call.spec.key, tile, fault)
-            _passed_over[(call.spec.key, widest)] = TILES[widest].index(tile) + 1
+        if fault:  # what it computed is right all the same
+            _pass_over(call, tile, fault)
     return True
 
 
-def _fail(call: Call, reason: str) -> None:
-    _failed[call.spec.key] = reason
-    log.info("attention %s: portable forward, the Hopper kernel is not used: %s", call.spec.key, reason)
+def _pass_over(call: Call, tile: HopperTile, fault: str) -> None:
+    """From the next call on the next tile serves, after the last one the portable kernel."""
+    dims = dims_of(call)
+    tiles = tiles_of(call.spec, dims)
+    if tile is tiles[-1]:
+        _failed[(call.spec.key, dims)] = fault
+        log.info("attention %s: portable forward, the Hopper kernel is not used: %s", call.spec.key, fault)
+    else:
+        _passed_over[(call.spec.key, dims)] = tiles.index(tile) + 1
+        log.info("attention %s: another Hopper tile than %s: %s", call.spec.key, tile, fault)
 
 
 def spoiled(compiled: Any) -> str:
@@ -206,18 +183,18 @@ def spoiled(compiled: Any) -> str:
     return remembered(f"ptxas_{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.txt", find)
 
 
-def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile) -> Any:
-    """Launch the kernel, and return it compiled."""
+def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile, programs: int = 0) -> Any:
+    """Launch the kernel, and return it compiled. `programs`: how many; by default as many as run at once."""
     table = call.table
     tiles = -(-call.M // tile.block_m) * call.B * call.H
     staged = tile.staged and describable(out)
     module = kernel_module(call.spec, fast_tanh=True, hopper=True)
     return call.run(
-        module.flashfuse_hopper_forward, min(tiles, multiprocessors(call.query.device)),
-        descriptor(call.query, ROWS, call.padded[0]), descriptor(call.key, tile.block_n, call.padded[0]),
-        descriptor(call.value, tile.block_n, call.padded[1]), descriptor(out, ROWS, call.padded[1]) if staged else out,
-        stats, table.tensor, call.inputs, *call.strides(out), *table.strides, call.B, *call.shape, section(call), call.plane,
-        D=call.D, E=call.E, BLOCK_N=tile.block_n, CONSUMERS=tile.consumers, STAGES=tile.stages,
+        module.flashfuse_hopper_forward, min(tiles, programs or multiprocessors(call.query.device)),
+        *descriptors(call.query, ROWS), *descriptors(call.key, tile.block_n), *descriptors(call.value, tile.block_n),
+        *(descriptors(out, ROWS) if staged else (out, None)), stats, table.tensor, call.inputs,
+        *call.strides(out), *table.strides, call.B, *call.shape, section(call), call.plane,
+        D=call.D, E=call.E, BLOCK_N=tile.block_n, CONSUMERS=tile.consumers, STAGES=tile.stages, QUERIES=tile.queries,
         REGISTERS=tile.registers, TABLE_ROWS=table.rows,
         EVEN=call.N % tile.block_n == 0, HAS_MASK=call.masked, PLANES=call.spec.planes,
         SHIFTED=call.constants["SHIFTED"], EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, STAGED=staged, num_warps=4,
@@ -234,17 +211,17 @@ def section(call: Call) -> int:
     return next(number for number in range(most, 0, -1) if heads % number == 0)
 
 
-def distrust(device: torch.device, tile: HopperTile, head_dim: int) -> str:
+def distrust(device: torch.device, tile: HopperTile, dims: Dims) -> str:
     """Why the kernels are not trusted on this machine: nothing once a small attention has come out right on it."""
-    if (device, tile) in _trust:
-        return _trust[(device, tile)]
+    if (device, tile, dims) in _trust:
+        return _trust[(device, tile, dims)]
     if torch.cuda.is_current_stream_capturing():
         return "the first call lies within a CUDA graph, where nothing can be checked"
     from flashfuse.codegen import hopper_check
 
-    name = hopper_check.identity(device, tile, head_dim)
-    fault = remembered(f"hopper_{name}.txt", lambda: hopper_check.fault(device, tile, head_dim))
+    name = hopper_check.identity(device, tile, dims)
+    fault = remembered(f"hopper_{name}.txt", lambda: hopper_check.fault(device, tile, dims))
     if fault:
         warnings.warn(f"flashfuse: the Hopper kernels failed their check and are not used: {fault}", stacklevel=2)
-    _trust[(device, tile)] = fault and f"it failed its check on this machine ({fault})"
-    return _trust[(device, tile)]
+    _trust[(device, tile, dims)] = fault and f"it failed its check on this machine ({fault})"
+    return _trust[(device, tile, dims)]

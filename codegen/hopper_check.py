@@ -14,44 +14,47 @@ from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.score_builder import Builder
 
 if TYPE_CHECKING:
-    from flashfuse.codegen.hopper import HopperTile
+    from flashfuse.codegen.hopper_tiles import Dims, HopperTile
 
+_WINDOW = 300  # keys: blocks masked at either end and a full one between, whatever the tile, and blocks that only others need
+_PROGRAMS = 3  # so that each takes many tiles, and every buffer is filled many times
 _TOLERANCE = 2e-2  # bfloat16 outputs below 4, which are rounded by at most 2^-7
 
 
-def causal_spec() -> AttentionSpec:
-    """Causal attention with a scale."""
+def window_spec() -> AttentionSpec:
+    """A causal sliding window, with a scale."""
     builder = Builder()
     m, n = builder.leaf("index", "m"), builder.leaf("index", "n")
     score = builder.leaf("score") * 0.125
-    return AttentionSpec(builder.program(score.apply("where", n <= m, score, float("-inf"))), (), EmptyRows.IMPOSSIBLE)
+    keep = (n <= m) & (m - n < _WINDOW)
+    return AttentionSpec(builder.program(score.apply("where", keep, score, float("-inf"))), (), EmptyRows.IMPOSSIBLE)
 
 
-def identity(device: torch.device, tile: HopperTile, head_dim: int) -> str:
+def identity(device: torch.device, tile: HopperTile, dims: Dims) -> str:
     """What the outcome depends on, as a word: the device, the compilers and the kernel."""
     import triton
 
-    facts = (torch.cuda.get_device_name(device), torch.__version__, triton.__version__, tile, head_dim)
-    return hashlib.sha256(f"{facts}{module_text(causal_spec(), True, True)}".encode()).hexdigest()[:16]
+    facts = (torch.cuda.get_device_name(device), torch.__version__, triton.__version__, tile, dims, _PROGRAMS)
+    return hashlib.sha256(f"{facts}{module_text(window_spec(), True, True)}".encode()).hexdigest()[:16]
 
 
-def fault(device: torch.device, tile: HopperTile, head_dim: int) -> str:
-    """What is wrong with the kernel's result, or nothing: several tiles, a tail, grouped heads, every row's statistics."""
+def fault(device: torch.device, tile: HopperTile, dims: Dims) -> str:
+    """What is wrong with the kernel's result, or nothing: many tiles, a tail, grouped heads, every row's statistics."""
     from flashfuse.codegen.launch import Call
 
     generator = torch.Generator().manual_seed(0)
     length = 2 * tile.block_m + 2 * tile.block_n + 37
-    shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2)]
+    shapes = [(2, heads, length, dim) for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]))]
     query, key, value = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
-    spec = causal_spec()
-    wanted = torch.empty(2, 4, length, head_dim, dtype=torch.float64)
+    spec = window_spec()
+    wanted = torch.empty(2, 4, length, dims[1], dtype=torch.float64)
     wanted_stats = chunked_attention.forward(spec, query.double(), key.double(), value.double(), (), (), wanted)
     try:
         with torch.cuda.device(device):
             call = Call(spec, query.to(device), key.to(device), value.to(device), (), ())
-            out = torch.empty_like(call.query)
+            out = torch.empty(2, 4, length, dims[1], dtype=query.dtype, device=device)
             stats = torch.empty(1, 2, 4, length, device=device)
-            hopper.launch(call, out, stats, tile)
+            hopper.launch(call, out, stats, tile, _PROGRAMS)
             differences = [
                 float((got.cpu().double() - right).abs().max()) for got, right in ((out, wanted), (stats, wanted_stats))
             ]

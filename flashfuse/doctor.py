@@ -87,11 +87,11 @@ def _hopper() -> Finding:
     name = "Hopper kernels"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return Finding(name, "ok", "not for this device: they need compute capability 9.0")
-    from flashfuse.codegen import hopper
+    from flashfuse.codegen import hopper, hopper_tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    tiles = [] if hopper.missing() else [(tile, dim) for dim, known in hopper.TILES.items() for tile in known]
-    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, tile, dim) for tile, dim in tiles} - {""}))
+    tiles = [] if hopper.missing() else [(tile, dims) for dims, known in hopper_tiles.TILES.items() for tile in known]
+    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, tile, dims) for tile, dims in tiles} - {""}))
     if not fault:
         return Finding(name, "ok", "they pass their check")
     return Finding(name, "less", fault, "the portable kernels serve; `python -m flashfuse cache clear` has them checked again")

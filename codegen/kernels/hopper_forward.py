@@ -3,15 +3,20 @@
 
 FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. One partition of warps loads by TMA; each of CONSUMERS others owns
 64 rows of queries and multiplies, takes the softmax and multiplies again. A program takes tiles (a block of queries of
-a head) until there are none left.
+a head) until there are none left. With a second buffer of queries (QUERIES) the loader runs ahead into the next tile.
+
+Shapes are powers of two. A head dim that is none, 96 or 192, is taken in two parts, 64 + 32 or 128 + 64: each tensor has a
+descriptor and buffers for each part (`query` and `query_rest`), the scores are the sum of two products, the output has two
+accumulators.
 
 Why no wait can last for ever. Each buffer has two barriers: `full`, completed by the bytes of its load, and `empty`,
 completed by one arrival of each of its readers. The loader and the readers walk the same tiles and the same blocks in the same
 order (`tile_of` and `keys_of` are functions of the program's number alone), the loader fills what the readers read in
 their order (queries, then keys, then values of a block), and every reader arrives once for every fill: for a buffer of
-keys after the scores are read, of values after the product is waited for, of queries once a tile, with or without
-blocks. The k-th fill of a buffer waits for the (k-1)-th round of arrivals, the k-th read for the k-th fill; so by
-induction on the order of fills each wait is for something that needs no later one.
+keys after the scores are read, of values after the product is waited for, of a tile's queries once, with or without
+blocks. All parts of a head dim lie behind one barrier, which waits for the bytes of all. The k-th fill of a buffer waits
+for the (k-1)-th round of arrivals, the k-th read for the k-th fill; so by induction on the order of fills each wait is for
+something that needs no later one.
 """
 
 import triton
@@ -112,9 +117,19 @@ def keys_of(
 
 
 @gluon.jit
+def load_rows(source, target, place, b, h, first, full):
+    """Load rows of one head, all parts of their head dim, into a buffer, and complete a barrier with their bytes."""
+    nbytes: gl.constexpr = source[0].block_type.nbytes + (source[1].block_type.nbytes if len(source) == 2 else 0)
+    mbarrier.expect(full, nbytes)
+    tma_load(source[0], [b, h, first, 0], full, target[0].index(place))
+    if len(source) == 2:
+        tma_load(source[1], [b, h, first, source[0].block_type.shape[3]], full, target[1].index(place))
+
+
+@gluon.jit
 def load(
     query, key, value, buffers, table, inputs, lengths,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr,
     TABLE_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The loading partition: each tile's queries, then its keys and values block by block."""
@@ -129,22 +144,66 @@ def load(
         g = h // GROUP
         lo, count, _full_lo, _full_hi = keys_of(first, b, h, M, N, table, table_b, table_h, inputs, BLOCK_M, BLOCK_N, TABLE_ROWS)
         for consumer in gl.static_range(CONSUMERS):
-            mbarrier.wait(query_empty.index(consumer), turn & 1 ^ 1)
-            mbarrier.expect(query_full.index(consumer), query.block_type.nbytes)
-            tma_load(
-                query, [b, h, first + consumer * ROWS, 0], query_full.index(consumer), queries.index(consumer)
-            )
+            place = turn % QUERIES * CONSUMERS + consumer
+            mbarrier.wait(query_empty.index(place), turn // QUERIES & 1 ^ 1)
+            load_rows(query, queries, place, b, h, first + consumer * ROWS, query_full.index(place))
         for i in range(count):
             stage = step % STAGES
             used = step // STAGES & 1 ^ 1
             n = lo + i * BLOCK_N
             mbarrier.wait(key_empty.index(stage), used)
-            mbarrier.expect(key_full.index(stage), key.block_type.nbytes)
-            tma_load(key, [b, g, n, 0], key_full.index(stage), keys.index(stage))
+            load_rows(key, keys, stage, b, g, n, key_full.index(stage))
             mbarrier.wait(value_empty.index(stage), used)
-            mbarrier.expect(value_full.index(stage), value.block_type.nbytes)
-            tma_load(value, [b, g, n, 0], value_full.index(stage), values.index(stage))
+            load_rows(value, values, stage, b, g, n, value_full.index(stage))
             step += 1
+
+
+@gluon.jit
+def scores_of(q, keys, stage, zero):
+    """The running product of queries and a block of keys: the sum over the parts of the head dim."""
+    BLOCK_N: gl.constexpr = zero.shape[1]
+    k = keys[0].index(stage).reshape([BLOCK_N, keys[0].type.shape[4]]).permute((1, 0))
+    scores = warpgroup_mma(q[0], k, zero, use_acc=False, is_async=True)
+    if len(keys) == 2:
+        k = keys[1].index(stage).reshape([BLOCK_N, keys[1].type.shape[4]]).permute((1, 0))
+        scores = warpgroup_mma(q[1], k, scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def added(acc, p, values, stage):
+    """The running products of probabilities and a block of values, a part of the head dim each, on the accumulators."""
+    BLOCK_N: gl.constexpr = p.shape[1]
+    first = warpgroup_mma(p, values[0].index(stage).reshape([BLOCK_N, values[0].type.shape[4]]), acc[0], is_async=True)
+    if len(values) == 2:
+        p = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, k_width=2))  # the same registers
+        second = warpgroup_mma(p, values[1].index(stage).reshape([BLOCK_N, values[1].type.shape[4]]), acc[1], is_async=True)
+        products = (first, second)
+    else:
+        products = (first,)
+    return products
+
+
+@gluon.jit
+def waited(products):
+    """The accumulators, once no product is under way."""
+    if len(products) == 2:
+        first, second = warpgroup_mma_wait(0, deps=[products[0], products[1]])
+        acc = (first, second)
+    else:
+        acc = (warpgroup_mma_wait(0, deps=[products[0]]),)
+    return acc
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """Every accumulator's rows by a factor each."""
+    first = acc[0] * gl.convert_layout(factor, gl.SliceLayout(1, acc[0].type.layout))[:, None]
+    if len(acc) == 2:
+        scaled_acc = (first, acc[1] * gl.convert_layout(factor, gl.SliceLayout(1, acc[1].type.layout))[:, None])
+    else:
+        scaled_acc = (first,)
+    return scaled_acc
 
 
 @gluon.jit
@@ -193,18 +252,26 @@ def finish(
         total = gl.where(empty, 1.0, total)
         sums = gl.where(empty, float("inf"), sums)
     gl.store(stats + row, sums, mask=inside)
-    return acc / gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return scaled(acc, 1.0 / total)
 
 
 @gluon.jit
-def store_rows(out, out_m, tile, row, inside, E: gl.constexpr):
-    """Store the rows of a tile that are `inside`, and their first E columns, from registers."""
+def store_rows(out, out_m, tile, row, inside, FIRST: gl.constexpr, E: gl.constexpr):
+    """Store the rows of a tile that are `inside`, from column FIRST up to column E, from registers."""
     E_PAD: gl.constexpr = tile.shape[1]
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (E_PAD // 8), E_PAD // 8], [4, 1], [1, 0])
     rows = gl.convert_layout(row, gl.SliceLayout(1, stored))[:, None]
-    columns = gl.arange(0, E_PAD, gl.SliceLayout(0, stored))[None, :]
+    columns = FIRST + gl.arange(0, E_PAD, gl.SliceLayout(0, stored))[None, :]
     mask = gl.convert_layout(inside, gl.SliceLayout(1, stored))[:, None] & (columns < E)
     gl.store(out + rows.to(gl.int64) * out_m + columns, gl.convert_layout(tile, stored), mask=mask)
+
+
+@gluon.jit
+def stage_rows(out, staged, place, tile, b, h, first, FIRST: gl.constexpr):
+    """Store a tile at column FIRST through its buffer."""
+    staged.index(place).reshape([ROWS, tile.shape[1]]).store(tile)
+    fence_async_shared()
+    tma_store(out, [b, h, first, FIRST], staged.index(place))
 
 
 @gluon.jit
@@ -222,7 +289,7 @@ def pass_over(step, number, key_full, key_empty, value_full, value_empty, STAGES
 def attend(
     out, stats, buffers, table, inputs, lengths, out_strides, plane,
     CONSUMER: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, PLANES: gl.constexpr,
+    QUERIES: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, PLANES: gl.constexpr,
     SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """A consuming partition: 64 rows of each tile.
@@ -234,15 +301,14 @@ def attend(
     queries, keys, values, staged, query_full, query_empty, key_full, key_empty, value_full, value_empty = buffers
     table_b, table_h, B, H, _GROUP, M, N, section = lengths
     out_b, out_h, out_m = out_strides
-    D_PAD: gl.constexpr = keys.type.shape[4]
-    E_PAD: gl.constexpr = values.type.shape[4]
-    dtype: gl.constexpr = keys.dtype
+    CONSUMERS: gl.constexpr = BLOCK_M // ROWS
+    E_PAD: gl.constexpr = values[0].type.shape[4]
+    dtype: gl.constexpr = values[0].dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E_PAD, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, k_width=2)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))[None, :]
-    q = queries.index(CONSUMER).reshape([ROWS, D_PAD])
     blocks = (M + BLOCK_M - 1) // BLOCK_M
     step = 0
     for turn in range(turns_of(blocks * B * H)):
@@ -267,14 +333,21 @@ def attend(
             sink = sink_score(b, h, row, row < M, M, N, inputs)
             total = gl.where(sink == float("-inf"), 0.0, 1.0)
             top = sink / SCALE
-        acc = gl.zeros([ROWS, E_PAD], gl.float32, out_layout)
-        mbarrier.wait(query_full.index(CONSUMER), turn & 1)
+        acc = (gl.zeros([ROWS, E_PAD], gl.float32, out_layout),)
+        if len(values) == 2:
+            E_REST: gl.constexpr = values[1].type.shape[4]
+            rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E_REST, 16])
+            acc = (acc[0], gl.zeros([ROWS, E_REST], gl.float32, rest_layout))
+        place = turn % QUERIES * CONSUMERS + CONSUMER
+        q = (queries[0].index(place).reshape([ROWS, queries[0].type.shape[4]]),)
+        if len(queries) == 2:
+            q = (q[0], queries[1].index(place).reshape([ROWS, queries[1].type.shape[4]]))
+        mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
         step = pass_over(step, before, key_full, key_empty, value_full, value_empty, STAGES)
         if count > 0:
             stage = step % STAGES
             mbarrier.wait(key_full.index(stage), step // STAGES & 1)
-            k = keys.index(stage).reshape([BLOCK_N, D_PAD]).permute((1, 0))
-            s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k, zero, use_acc=False, is_async=True)])
+            s = warpgroup_mma_wait(0, deps=[scores_of(q, keys, stage, zero)])
             mbarrier.arrive(key_empty.index(stage), count=1)
             p, shrink, top, total = soften(
                 s, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs, HAS_MASK, EVEN, SHIFTED
@@ -284,12 +357,10 @@ def attend(
             for i in range(1, count):
                 last = (step + i - 1) % STAGES
                 stage = (step + i) % STAGES
-                k = keys.index(stage).reshape([BLOCK_N, D_PAD]).permute((1, 0))
-                scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                scores = scores_of(q, keys, stage, zero)
                 mbarrier.wait(value_full.index(last), (step + i - 1) // STAGES & 1)
-                v = values.index(last).reshape([BLOCK_N, E_PAD])
-                product = warpgroup_mma(p, v, acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[scores])
+                products = added(acc, p, values, last)
+                s = warpgroup_mma_wait(len(values), deps=[scores])
                 mbarrier.arrive(key_empty.index(stage), count=1)
                 p, shrink, top, total = soften(
                     s, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
@@ -297,31 +368,32 @@ def attend(
                 )  # fmt: skip
                 following = step + i + 1
                 mbarrier.wait(key_full.index(following % STAGES), following // STAGES & 1, pred=i + 1 < count)
-                acc = warpgroup_mma_wait(0, deps=[product])
+                acc = waited(products)
                 mbarrier.arrive(value_empty.index(last), count=1)
-                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+                acc = scaled(acc, shrink)
                 p = gl.convert_layout(p.to(dtype), operand)
-            mbarrier.arrive(query_empty.index(CONSUMER), count=1)
+            mbarrier.arrive(query_empty.index(place), count=1)
             step += count
             last = (step - 1) % STAGES
             mbarrier.wait(value_full.index(last), (step - 1) // STAGES & 1)
-            v = values.index(last).reshape([BLOCK_N, E_PAD])
-            acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, acc, is_async=True)])
+            acc = waited(added(acc, p, values, last))
             mbarrier.arrive(value_empty.index(last), count=1)
         else:
-            mbarrier.arrive(query_empty.index(CONSUMER), count=1)
+            mbarrier.arrive(query_empty.index(place), count=1)
         step = pass_over(step, after, key_full, key_empty, value_full, value_empty, STAGES)
         acc = finish(
             acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO
         )
         if STAGED:
             tma_store_wait(0)  # what the last tile stored has been read
-            staged.index(CONSUMER).reshape([ROWS, E_PAD]).store(acc.to(dtype))
-            fence_async_shared()
-            tma_store(out, [b, h, first, 0], staged.index(CONSUMER))
+            stage_rows(out[0], staged[0], CONSUMER, acc[0].to(dtype), b, h, first, 0)
+            if len(values) == 2:
+                stage_rows(out[1], staged[1], CONSUMER, acc[1].to(dtype), b, h, first, E_PAD)
         else:
-            target = out + b.to(gl.int64) * out_b + h.to(gl.int64) * out_h
-            store_rows(target, out_m, acc.to(dtype), row, row < M, E)
+            target = out[0] + b.to(gl.int64) * out_b + h.to(gl.int64) * out_h
+            store_rows(target, out_m, acc[0].to(dtype), row, row < M, 0, E)
+            if len(values) == 2:
+                store_rows(target, out_m, acc[1].to(dtype), row, row < M, E_PAD, E)
     if STAGED:
         tma_store_wait(0)
 
@@ -335,30 +407,57 @@ def barriers(number: gl.constexpr, arrivals: gl.constexpr):
     return made
 
 
+@gluon.jit
+def rows_buffers(number: gl.constexpr, source):
+    """That many buffers for the blocks of a tensor, of each part of its head dim."""
+    first = gl.allocate_shared_memory(source[0].dtype, [number] + source[0].block_type.shape, source[0].layout)
+    if len(source) == 2:
+        second = gl.allocate_shared_memory(source[1].dtype, [number] + source[1].block_type.shape, source[1].layout)
+        made = (first, second)
+    else:
+        made = (first,)
+    return made
+
+
+@gluon.jit
+def parts(first, rest):
+    """Descriptors of a tensor's parts as a tuple; `rest` is None where the head dim is a power of two."""
+    if rest is None:
+        both = (first,)
+    else:
+        both = (first, rest)
+    return both
+
+
 @gluon.jit(
     repr=named("flashfuse_hopper_forward"),
     do_not_specialize=["table_b", "table_h", "B", "H", "GROUP", "M", "N", "section", "plane"],  # nothing in the loop gains by it
 )
 def flashfuse_hopper_forward(
-    query, key, value, out, stats, table, inputs, out_b, out_h, out_m, table_b, table_h, B, H, GROUP, M, N, section, plane,
+    query, query_rest, key, key_rest, value, value_rest, out, out_rest, stats, table, inputs,
+    out_b, out_h, out_m, table_b, table_h, B, H, GROUP, M, N, section, plane,
     D: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr,
+    QUERIES: gl.constexpr, REGISTERS: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr,
     HAS_MASK: gl.constexpr, PLANES: gl.constexpr, SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from descriptors of query, key and value.
 
-    The grid is as many programs as run at once. `section`: heads whose tiles are taken together (see `tile_of`). STAGED:
-    `out` is a descriptor, and results leave through shared memory.
+    The grid is as many programs as run at once. `section`: heads whose tiles are taken together (see `tile_of`). QUERIES:
+    tiles whose queries are in shared memory at once. STAGED: `out` is a descriptor, and results leave through shared memory.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    queries = gl.allocate_shared_memory(query.dtype, [CONSUMERS] + query.block_type.shape, query.layout)
-    keys = gl.allocate_shared_memory(key.dtype, [STAGES] + key.block_type.shape, key.layout)
-    values = gl.allocate_shared_memory(value.dtype, [STAGES] + value.block_type.shape, value.layout)
+    query = parts(query, query_rest)
+    key = parts(key, key_rest)
+    value = parts(value, value_rest)
+    out = parts(out, out_rest)
+    queries = rows_buffers(QUERIES * CONSUMERS, query)
+    keys = rows_buffers(STAGES, key)
+    values = rows_buffers(STAGES, value)
     staged = queries  # of which nothing is read, unless there is room for the results
     if STAGED:
-        staged = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
-    query_full = barriers(CONSUMERS, 1)
-    query_empty = barriers(CONSUMERS, 1)
+        staged = rows_buffers(CONSUMERS, out)
+    query_full = barriers(QUERIES * CONSUMERS, 1)
+    query_empty = barriers(QUERIES * CONSUMERS, 1)
     key_full = barriers(STAGES, 1)
     key_empty = barriers(STAGES, CONSUMERS)
     value_full = barriers(STAGES, 1)
@@ -369,29 +468,33 @@ def flashfuse_hopper_forward(
     strides = (out_b, out_h, out_m)
     if CONSUMERS == 2:  # the list must be a literal
         gl.warp_specialize([
-            (load, (query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, TABLE_ROWS)),
-            (attend, (
-                out, stats, buffers, table, inputs, lengths, strides, plane,
-                0, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            (load, (
+                query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                1, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
             )),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (load, (query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, TABLE_ROWS)),
-            (attend, (
-                out, stats, buffers, table, inputs, lengths, strides, plane,
-                0, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            (load, (
+                query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                1, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                2, E, BLOCK_M, BLOCK_N, STAGES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+            )),
+            (attend, (
+                out, stats, buffers, table, inputs, lengths, strides, plane,
+                2, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
             )),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

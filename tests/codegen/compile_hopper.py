@@ -1,7 +1,7 @@
 """Compile the Hopper forward of a spec without a GPU, and say what ptxas made of it and in what order its instructions stand.
 
-Run as a script in a process without TRITON_INTERPRET: `python compile_hopper.py bf16 64:causal 128:plain`.
-Prints one JSON line for each head dim and spec.
+Run as a script in a process without TRITON_INTERPRET: `python compile_hopper.py bf16 64:causal 192x128:plain 128:window:0:1`
+(head dims, spec, numbers of tiles in their row). Prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 
 import triton
 from compile_report import _TYPES, machine_code, named_spec
@@ -16,19 +17,19 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashfuse.codegen import hopper, ptxas
+from flashfuse.codegen import hopper_tiles, ptxas
+from flashfuse.codegen.hopper_tiles import Dims, HopperTile
 from flashfuse.codegen.load import kernel_module
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.block_table import BLOCK
 
 
-def compile_forward(spec: AttentionSpec, dtype: str, head_dim: int, *, even: bool) -> object:
-    """The compiled kernel for aligned tensors."""
-    padded = max(64, 1 << (head_dim - 1).bit_length())
-    tile = hopper.TILES[padded][0]
+def compile_forward(spec: AttentionSpec, dtype: str, dims: Dims, tile: HopperTile, even: bool) -> object:
+    """The compiled kernel for aligned tensors of head dims D and E."""
+    D, E = dims
     function = kernel_module(spec, fast_tanh=True, hopper=True).flashfuse_hopper_forward
     constants = {
-        "D": head_dim, "E": head_dim, "BLOCK_N": tile.block_n, "CONSUMERS": tile.consumers, "STAGES": tile.stages,
+        "D": D, "E": E, "BLOCK_N": tile.block_n, "CONSUMERS": tile.consumers, "STAGES": tile.stages, "QUERIES": tile.queries,
         "REGISTERS": tile.registers, "TABLE_ROWS": BLOCK if spec.certainty is not None else 0, "EVEN": even,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes,
         "SHIFTED": spec.planes == 2 and spec.split.keep is None, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
@@ -37,20 +38,26 @@ def compile_forward(spec: AttentionSpec, dtype: str, head_dim: int, *, even: boo
     inputs: list[str] = []
     for capture in spec.captures:
         inputs += [_TYPES[capture.kind], *["i32"] * capture.rank]
-
-    def described(rows: int) -> str:
-        box = [1, 1, rows, padded]
-        layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == "bf16" else gl.float16)
-        return f"tensordesc<{dtype}{box},{layout!r}>".replace(" ", "")
-
-    types = {
-        "query": described(hopper.ROWS), "key": described(tile.block_n), "value": described(tile.block_n),
-        "out": described(hopper.ROWS) if tile.staged else f"*{dtype}", "stats": "*fp32", "table": "*i32",
-        "inputs": tuple(inputs), **dict.fromkeys(constants, "constexpr"),
-    }  # fmt: skip
+    types = {"stats": "*fp32", "table": "*i32", "inputs": tuple(inputs), **dict.fromkeys(constants, "constexpr")}
+    rows = {"query": (hopper_tiles.ROWS, D), "key": (tile.block_n, D), "value": (tile.block_n, E), "out": (hopper_tiles.ROWS, E)}
+    for name, (length, dim) in rows.items():
+        whole, *rest = hopper_tiles.parts(dim)
+        if name == "out" and not tile.staged:
+            whole, rest = 0, []
+        types[name] = described(dtype, length, whole) if whole else f"*{dtype}"
+        types[f"{name}_rest"] = described(dtype, length, rest[0]) if rest else "constexpr"
+        if not rest:
+            constants[f"{name}_rest"] = None
     signature = {name: types.get(name, "i32") for name in function.arg_names}
     source = GluonASTSource(function, signature, constants, {})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def described(dtype: str, rows: int, columns: int) -> str:
+    """The type of a descriptor of `[1, 1, rows, columns]` tiles."""
+    box = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == "bf16" else gl.float16)
+    return f"tensordesc<{dtype}{box},{layout!r}>".replace(" ", "")
 
 
 def overlapping_loops(sass: str) -> int:
@@ -61,14 +68,22 @@ def overlapping_loops(sass: str) -> int:
 
 
 def main() -> None:
-    for head_dim, name in (words.split(":") for words in sys.argv[2:]):
-        compiled = compile_forward(named_spec(name), sys.argv[1], int(head_dim), even=name == "plain")
-        found = ptxas.report(compiled.asm["ptx"], "sm_90a")  # type: ignore[attr-defined]
-        facts = {
-            "name": compiled.metadata.name, "shared": compiled.metadata.shared,  # type: ignore[attr-defined]
-            "spilled": found.spilled, "advisories": found.advisories, "overlaps": overlapping_loops(machine_code(compiled)),
-        }  # fmt: skip
-        print(json.dumps(facts), flush=True)
+    for words in sys.argv[2:]:
+        dims, name, *numbers = words.split(":")
+        D, E = (int(dim) for dim in (dims.split("x") * 2)[:2])
+        spec = named_spec(name)
+        for number in map(int, numbers or ["0"]):
+            tile = hopper_tiles.tiles_of(spec, (D, E))[number]
+            start = time.perf_counter()
+            compiled = compile_forward(spec, sys.argv[1], (D, E), tile, name == "plain")
+            seconds = time.perf_counter() - start
+            found = ptxas.report(compiled.asm["ptx"], "sm_90a")  # type: ignore[attr-defined]
+            facts = {
+                "name": compiled.metadata.name, "tile": str(tile), "shared": compiled.metadata.shared,  # type: ignore[attr-defined]
+                "spilled": found.spilled, "advisories": found.advisories, "overlaps": overlapping_loops(machine_code(compiled)),
+                "seconds": round(seconds, 1),
+            }  # fmt: skip
+            print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
 from flashfuse.codegen import hopper, hopper_check, kernel_choice, launch, load, ptxas
+from flashfuse.codegen.hopper_tiles import SHORT_TILES, TILES, Dims, HopperTile, has_short_ranges, parts, row_of
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -33,8 +34,9 @@ needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute 
 def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    wanted = {"causal_d64": 3, "plain_d128": 2, "causal_d256": 2}  # consumers
-    command = [sys.executable, str(SCRIPT), "bf16", *(f"{words.split('_d')[1]}:{words.split('_d')[0]}" for words in wanted)]
+    wanted = {"causal_d64": 3, "causal_window_d64": 3, "plain_d128": 2, "causal_d192": 2, "causal_d256": 2}  # consumers
+    compiled = ("64:causal", "64:window", "128:plain", "192x128:causal", "256:causal")
+    command = [sys.executable, str(SCRIPT), "bf16", *compiled]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
@@ -79,11 +81,53 @@ def test_sections_divide_the_heads_and_fit_the_cache() -> None:
     assert hopper.section(a_call(masked=False, B=1, H=8, G=8, N=512, D=64, E=64, key=key)) == 1
 
 
-def test_short_ranges_are_left_to_smaller_tiles() -> None:
+def test_specs_with_short_ranges_have_tiles_of_their_own() -> None:
     specs = {case.name: case.spec for case in CASES}
-    short = {name for name in ("plain", "causal", "window", "documents", "documents_causal", "padding", "lengths", "alibi")
-             if hopper.has_short_ranges(specs[name])}  # fmt: skip
-    assert short == {"window", "documents", "documents_causal", "padding"}
+    names = ("plain", "causal", "window", "documents", "documents_causal", "padding", "padding_zero", "lengths", "alibi")
+    short = {name for name in names if has_short_ranges(specs[name])}
+    assert short == {"window", "documents", "documents_causal"}
+    assert row_of(specs["window"], (64, 64)) == ((64, 64), SHORT_TILES[(64, 64)])
+    assert row_of(specs["causal"], (64, 64)) == ((64, 64), TILES[(64, 64)])
+    assert row_of(specs["window"], (192, 128)) == ((192, 128), TILES[(192, 128)])  # no row of its own
+    assert row_of(specs["window"], (320, 64)) == ((320, 64), ())
+
+
+def test_head_dims_are_sums_of_powers_of_two() -> None:
+    assert {dim: parts(dim) for dim in (33, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257)} == {
+        33: (64,), 64: (64,), 65: (64, 32), 96: (64, 32), 97: (128,), 128: (128,),
+        129: (128, 64), 192: (128, 64), 193: (256,), 256: (256,), 257: (256, 128),
+    }  # fmt: skip
+    assert row_of(next(case for case in CASES if case.name == "plain").spec, (96, 64))[0] == (96, 96)
+
+
+@pytest.mark.parametrize("table", [TILES, SHORT_TILES], ids=["long", "short"])
+def test_tiles_fit_a_multiprocessor(table: dict[Dims, tuple[HopperTile, ...]]) -> None:
+    for (D, E), tiles in table.items():
+        for tile in tiles:
+            queries = tile.queries * tile.block_m * D + tile.staged * tile.block_m * E
+            assert 2 * (queries + tile.stages * tile.block_n * (D + E)) < 227 * 1024, tile
+            warps = 4 * (tile.consumers + 1)
+            assert 32 * (warps - 4) * tile.registers + 4 * 32 * 24 <= 65536 // warps // 32 // 8 * 8 * 32 * warps, tile
+
+
+def test_a_tile_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_passed_over", {})
+    monkeypatch.setattr(hopper, "_failed", {})
+    spec = next(case for case in CASES if case.name == "window").spec
+    call, other = a_call(spec=spec, D=64, E=64), a_call(spec=spec, D=128, E=128)
+    launched = []
+
+    def fails(call: launch.Call, out: object, stats: object, tile: HopperTile) -> None:
+        launched.append(tile)
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(hopper, "launch", fails)
+    for _tile in SHORT_TILES[(64, 64)]:
+        assert (spec.key, (64, 64)) not in hopper._failed
+        assert not hopper.forward(call, torch.zeros(0), torch.zeros(0))
+    assert launched == list(SHORT_TILES[(64, 64)])
+    assert "out of resources" in hopper._failed[(spec.key, (64, 64))]
+    assert hopper.tile_of(other) is SHORT_TILES[(128, 128)][0]
 
 
 class ShownAsCuda(torch.Tensor):
@@ -131,16 +175,16 @@ def test_the_check_is_made_once_and_remembered(outcome: str, monkeypatch: pytest
         for _call in range(2):
             if outcome:
                 with pytest.warns(UserWarning, match="differ by 3.1") if not hopper._trust else nullcontext():
-                    assert outcome in hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64)
+                    assert outcome in hopper.distrust(torch.device("cuda", 0), TILES[(64, 64)][0], (64, 64))
             else:
-                assert hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64) == ""
+                assert hopper.distrust(torch.device("cuda", 0), TILES[(64, 64)][0], (64, 64)) == ""
     assert len(asked) == 1
 
 
 def test_nothing_is_checked_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "_trust", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "CUDA graph" in hopper.distrust(torch.device("cuda", 0), hopper.TILES[64][0], 64)
+    assert "CUDA graph" in hopper.distrust(torch.device("cuda", 0), TILES[(64, 64)][0], (64, 64))
     assert not hopper._trust
 
 
@@ -163,7 +207,7 @@ def forced(case: Case, dtype: torch.dtype) -> torch.Tensor:
         if not hopper.takes(call):
             pytest.skip(hopper.refusal(call, eager=True))
         out = launch.forward(case.spec, inputs.query, inputs.key, inputs.value, inputs.captures, case.sizes)[0]
-        assert case.spec.key not in hopper._failed, hopper._failed
+        assert (case.spec.key, hopper.dims_of(call)) not in hopper._failed, hopper._failed
     finally:
         kernel_choice.ask(case.spec.key, "auto")
     return out
@@ -190,7 +234,8 @@ def test_every_program_within_twice_the_error_of_eager(case: Case, head_dim: int
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (128, 64), (192, 256), (256, 256)],
+@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (96, 96), (128, 64), (192, 128), (192, 192), (192, 256), (256, 128),
+                                       (256, 256)],
                          ids=lambda dims: "{}x{}".format(*dims))  # fmt: skip
 @pytest.mark.parametrize("name", sorted(BIG))
 def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tuple[int, int]) -> None:
@@ -200,11 +245,12 @@ def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tup
 
 @pytest.mark.gpu
 @needs_hopper
-def test_the_check_passes_here() -> None:
+@pytest.mark.parametrize("dims", TILES, ids=lambda dims: "{}x{}".format(*dims))
+@pytest.mark.parametrize("table", [TILES, SHORT_TILES], ids=["long", "short"])
+def test_the_check_passes_here(table: dict[Dims, tuple[HopperTile, ...]], dims: Dims) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    for head_dim, tiles in hopper.TILES.items():
-        for tile in tiles:
-            assert hopper_check.fault(device, tile, head_dim) == ""
+    for tile in table.get(dims, ()):
+        assert hopper_check.fault(device, tile, dims) == "", tile
 
 
 @pytest.mark.gpu
@@ -212,14 +258,14 @@ def test_the_check_passes_here() -> None:
 def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = hopper.launch
 
-    def wrong(call: launch.Call, out: torch.Tensor, stats: torch.Tensor, tile: hopper.HopperTile) -> object:
-        compiled = right(call, out, stats, tile)
+    def wrong(call: launch.Call, out: torch.Tensor, stats: torch.Tensor, tile: HopperTile, programs: int) -> object:
+        compiled = right(call, out, stats, tile, programs)
         out[0, 0, 100] *= 1.5
         return compiled
 
     monkeypatch.setattr(hopper, "launch", wrong)
     device = torch.device("cuda", torch.cuda.current_device())
-    assert "differ" in hopper_check.fault(device, hopper.TILES[64][0], 64)
+    assert "differ" in hopper_check.fault(device, TILES[(64, 64)][0], (64, 64))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,84 @@
+"""Tiles of the Hopper forward: one table by head dims, one for specs whose queries see few keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashfuse.codegen.score_functions import bounded_vectors
+from flashfuse.ir.attention_spec import AttentionSpec
+
+ROWS = 64  # queries of one consumer
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """Consumers of 64 queries each, keys in a block, stages of the pipeline, and a consumer's registers."""
+
+    consumers: int
+    block_n: int
+    stages: int
+    registers: int
+    staged: bool  # results leave through shared memory of their own
+    queries: int = 1  # tiles whose queries are in shared memory at once: with two the loader runs ahead into the next tile
+
+    @property
+    def block_m(self) -> int:
+        """Queries in a tile."""
+        return self.consumers * ROWS
+
+
+_T = HopperTile
+Dims = tuple[int, int]  # head dims of query and value, as the kernel pads them
+
+# head dims up to -> tiles, the fastest first; 227 KiB of shared memory and 64 Ki registers bound them
+TILES: dict[Dims, tuple[HopperTile, ...]] = {
+    (64, 64): (_T(3, 128, 2, 160, True), _T(2, 128, 4, 240, True), _T(3, 64, 8, 160, True, 2)),
+    (96, 96): (_T(2, 128, 3, 240, True), _T(2, 64, 4, 240, True, 2)),
+    (128, 128): (_T(2, 128, 2, 240, True), _T(2, 64, 4, 240, True, 2)),
+    (192, 128): (_T(2, 128, 2, 240, False), _T(2, 64, 3, 240, True)),
+    (192, 192): (_T(2, 64, 3, 240, False),),
+    (256, 128): (_T(2, 64, 3, 240, False),),
+    (256, 256): (_T(2, 64, 2, 240, False),),
+}
+
+# The same for specs whose queries see few keys (`has_short_ranges`): blocks that waste less at both ends of a range, and two
+# buffers of queries, since much of a short tile's time is what stands before its first product.
+SHORT_TILES: dict[Dims, tuple[HopperTile, ...]] = {
+    (64, 64): (_T(3, 64, 8, 160, True, 2), _T(2, 64, 8, 240, True, 2), _T(3, 128, 2, 160, True, 2)),
+    (128, 128): (_T(2, 64, 4, 240, True, 2), _T(3, 64, 4, 160, True, 1), _T(2, 128, 2, 240, True, 2)),
+}
+
+# Rows of SHORT_TILES that were timed and found faster than the portable kernel: only these serve unless options ask.
+SHORT_SERVED: frozenset[tuple[int, int]] = frozenset()
+
+
+def parts(head_dim: int) -> tuple[int, ...]:
+    """The powers of two, one or two, in which the kernel takes a head dim: the least sum that holds it."""
+    whole = max(64, 1 << (head_dim - 1).bit_length())
+    return (whole // 2, whole // 4) if 64 < head_dim <= whole * 3 // 4 else (whole,)
+
+
+def row_of(spec: AttentionSpec, dims: Dims) -> tuple[Dims, tuple[HopperTile, ...]]:
+    """The row of tiles for a spec and head dims: what it goes up to, and its tiles; no tiles where there is no row."""
+    for table in (SHORT_TILES, TILES) if has_short_ranges(spec) else (TILES,):
+        for most, tiles in table.items():
+            if dims[0] <= most[0] and dims[1] <= most[1]:
+                return most, tiles
+    return dims, ()
+
+
+def tiles_of(spec: AttentionSpec, dims: Dims) -> tuple[HopperTile, ...]:
+    """The tiles for a spec and head dims, the fastest first."""
+    return row_of(spec, dims)[1]
+
+
+def has_short_ranges(spec: AttentionSpec) -> bool:
+    """Whether queries see few keys near themselves: sliding windows, chunks, documents.
+
+    A window's range has a lower end that moves with the query. Masks that read a captured vector at the query count as
+    documents; those that read one at the key alone, as padding does, say the same of all queries and cut little.
+    """
+    if any(vector.op == "load" for vector in bounded_vectors(spec.certainty, "m")):
+        return True
+    found = spec.key_ranges
+    return found is not None and found.program.statements[found.program.results[0]].op != "const"
