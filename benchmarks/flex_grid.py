@@ -1,9 +1,10 @@
 """flashfuse against FlexAttention on a grid of masks, lengths and head dims, with the preparation of masks in both.
 
 Lengths 2k, 8k and 32k, head dims 64, 128 and 256, hidden width 2048, B*S = 16384 tokens (32768 at 32k), bfloat16: plain, causal,
-sliding 256, prefix 256, 12 documents a row, ALiBi and softcap on causal, and groups of 4 query heads. flashfuse compiles
+sliding 256, prefix 256, 12 documents a row, ALiBi, softcap and sinks on causal, groups of 4 query heads, and rows padded
+to the longest. flashfuse compiles
 the eager code; FlexAttention gets its block mask from a compiled `create_block_mask`, and the time of a call includes it
-(`bare_` times do not). Forward and forward+backward, medians of CUDA events with a cold cache in interleaved rounds.
+(`bare_` times do not). Forward, backward and both, medians of CUDA events with a cold cache in interleaved rounds.
 
 In the same run, on the same fresh random inputs, the output and gradients of one batch row and one key/value head are
 compared with float64 in chunks of queries: `error` is the largest ratio of a peer's error to that of the same
@@ -121,7 +122,9 @@ def run_all(cells: list[tuple[str, Shape]], options: argparse.Namespace, results
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a cell and peer, then the ratios and what they come to."""
-    print(f"\n{'variant':9}{'S':>7}{'D':>5} {'peer':10}{'fwd ms':>9}{'f+b ms':>9}{'mask ms':>9}{'MiB':>7}{'error':>7}")
+    print(
+        f"\n{'variant':9}{'S':>7}{'D':>5} {'peer':10}{'fwd ms':>9}{'f+b ms':>9}{'bwd ms':>9}{'mask ms':>9}{'MiB':>7}{'error':>7}"
+    )
     for row in sorted(rows, key=lambda row: (row["length"], row["head_dim"], list(GRID).index(row["variant"]))):
         name = f"{row['variant']:9}{row['length']:>7}{row['head_dim']:>5} {row['peer']:10}"
         if "both_ms" not in row:
@@ -130,7 +133,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         mask = f"{row['mask_ms']:9.3f}" if "mask_ms" in row else " " * 9
         wrong = "" if row["right"] else " WRONG"
         peak = f"{row['peak_bytes'] / 2**20:7.0f}"
-        print(f"{name}{row['forward_ms']:9.3f}{row['both_ms']:9.3f}{mask}{peak}{row['error']:7.2f}{wrong}")
+        print(
+            f"{name}{row['forward_ms']:9.3f}{row['both_ms']:9.3f}{row['backward_ms']:9.3f}{mask}{peak}{row['error']:7.2f}{wrong}"
+        )
     found = {(row["variant"], row["length"], row["head_dim"], row["peer"]): row for row in rows if "both_ms" in row}
     for word, prefix in (("with its mask", ""), ("without its mask", "bare_")):
         _print_ratios(found, word, prefix)

@@ -1,7 +1,8 @@
 """One cell of the grid against FlexAttention: a variant at a length and head dim, by both peers.
 
 `code` is attention as people write it, which flashfuse compiles; `keep` and `score` say the same to FlexAttention, and in
-chunks of queries to float64, which judges both. A cell is compiled long before it is timed, on other inputs.
+chunks of queries to float64, which judges both. A cell is compiled long before it is timed, on other inputs. The peers
+"portable" and "hopper" are flashfuse with the kernels of that name; "hopper" fails where they do not serve.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from flashfuse.bench_peers import Case, Shape, drop_gradients, largest_errors, make_case, peak_bytes, results_of
 from flashfuse.bench_variants import VARIANTS, Variant
+from flashfuse.codegen import hopper, kernel_choice
 
 PEERS = ("flex", "flashfuse")
+KERNELS = ("portable", "hopper")
 PREFIX = 256
 SOFTCAP = 30.0
 
@@ -50,6 +53,20 @@ def softcap(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(later, float("-inf")), dim=-1) @ value
 
 
+def sink_of(heads: int, like: Tensor) -> Tensor:
+    """A sink a head, exact in every dtype."""
+    return (torch.arange(heads, device=like.device) % 8 - 3).to(like.dtype)
+
+
+def sinks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, heads, length, _ = query.shape
+    position = torch.arange(length, device=query.device)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))
+    scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
+    column = sink_of(heads, scores)[None, :, None, None].expand(batch, -1, length, 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1] @ value
+
+
 def _prefix_keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
     return (m >= n) | (n < PREFIX)
 
@@ -72,6 +89,8 @@ GRID = {
     "alibi": Variant("alibi", alibi, keep=_CAUSAL),
     "softcap": Variant("softcap", softcap, keep=_CAUSAL),
     "gqa": VARIANTS["gqa"],
+    "padding": VARIANTS["padding"],
+    "sinks": Variant("sinks", sinks, keep=_CAUSAL),
 }
 SCORES = {"alibi": _alibi_score, "softcap": _softcap_score}  # of a number of heads: FlexAttention's score_mod
 
@@ -115,10 +134,33 @@ def own_copy(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return copy
 
 
-def flashfuse_peer(cell: GridCell) -> Peer:
-    tag = f"{cell.shape.length}_{cell.shape.head_dim}"
-    code = torch.compile(own_copy(GRID[cell.name].code, tag), backend="flashfuse", dynamic=False, fullgraph=True)
-    return Peer(lambda query, key, value: code(query, key, value, *cell.facts))
+def flashfuse_peer(cell: GridCell, kernel: str = "auto") -> Peer:
+    tag = f"{cell.shape.length}_{cell.shape.head_dim}_{kernel}"
+    options = {"kernel": kernel}
+    code = torch.compile(own_copy(GRID[cell.name].code, tag), backend="flashfuse", options=options, dynamic=False, fullgraph=True)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for spec in kernel_choice.known():  # another peer has asked for other kernels of the same specs
+            kernel_choice.ask(spec, kernel)
+        return code(query, key, value, *cell.facts)
+
+    return Peer(run)
+
+
+def hopper_peer(cell: GridCell) -> Peer:
+    """Raises RuntimeError at its second call if the Hopper forward did not serve both."""
+    before, calls = hopper.served.total(), 0
+    peer = flashfuse_peer(cell, "hopper")
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        nonlocal calls
+        out = peer.run(query, key, value)
+        calls += 1
+        if calls == 2 and hopper.served.total() < before + 2:
+            raise RuntimeError("the Hopper forward does not serve")
+        return out
+
+    return Peer(run)
 
 
 def flex_peer(cell: GridCell) -> Peer:
@@ -129,6 +171,8 @@ def flex_peer(cell: GridCell) -> Peer:
     flex = torch.compile(own_copy(flex_attention, tag), dynamic=False, fullgraph=True)
     score = SCORES[cell.name](shape.heads) if cell.name in SCORES else None
     group = variant.group > 1
+    if cell.name == "sinks":
+        flex = torch.compile(own_copy(flex_with_sinks, tag), dynamic=False, fullgraph=True)
 
     def attend(mask: Any) -> Callable[..., Tensor]:
         return lambda query, key, value: flex(query, key, value, score_mod=score, block_mask=mask, enable_gqa=group)
@@ -145,7 +189,21 @@ def flex_peer(cell: GridCell) -> Peer:
     return Peer(lambda query, key, value: attend(mask())(query, key, value), mask, attend)
 
 
-_MAKERS = {"flex": flex_peer, "flashfuse": flashfuse_peer}
+def flex_with_sinks(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """FlexAttention with sinks, by the rows' logsumexp."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out, lse = flex_attention(query, key, value, return_lse=True, **settings)
+    share = torch.sigmoid(lse - sink_of(query.size(1), lse)[:, None])
+    return (out * share[..., None]).to(query.dtype)
+
+
+_MAKERS: dict[str, Callable[[GridCell], Peer]] = {
+    "flex": flex_peer,
+    "flashfuse": flashfuse_peer,
+    "portable": lambda cell: flashfuse_peer(cell, "portable"),
+    "hopper": hopper_peer,
+}
 
 
 def prepare(cell: GridCell, peers: list[str]) -> None:
@@ -210,7 +268,7 @@ def check_peer(cell: GridCell, peer: str, case: Case, exact: list[Tensor], usual
 
 
 def time_peer(cell: GridCell, peer: str, case: Case, times: dict[str, list[float]]) -> None:
-    """One round: the whole call, forward and forward+backward; of FlexAttention also with the mask made before."""
+    """One round: the whole call, forward, backward and both; of FlexAttention also with the mask made before."""
     made, device = cell.peers[peer], cell.shape.device
     runs = {"": made.run}
     if made.mask is not None and made.attend is not None:
@@ -225,8 +283,13 @@ def time_peer(cell: GridCell, peer: str, case: Case, times: dict[str, list[float
         def both(run: Callable[..., Tensor] = run) -> None:
             run(*case.inputs).backward(case.grad_out)
 
+        def backward(out: Tensor) -> None:
+            out.backward(case.grad_out)
+
         times.setdefault(f"{prefix_}forward_ms", []).append(median_ms(forward, device, case.inputs))
         times.setdefault(f"{prefix_}both_ms", []).append(median_ms(both, device, case.inputs))
+        if not prefix_:  # it never makes a mask
+            times.setdefault("backward_ms", []).append(median_ms(backward, device, case.inputs, lambda: made.run(*case.inputs)))
 
 
 def in_chunks(cell: GridCell, case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -253,7 +316,10 @@ def in_chunks(cell: GridCell, case: Case, dtype: torch.dtype) -> list[Tensor]:
         scores = rows @ key.transpose(-2, -1) / math.sqrt(shape.head_dim)
         scores = scores if score is None else score(scores, b, h, m, n)
         scores = scores if keep is None else scores.masked_fill(~keep(b, h, m, n), float("-inf"))
-        out = torch.softmax(scores, dim=-1).to(dtype) @ value
+        if cell.name == "sinks":
+            column = sink_of(shape.heads, scores)[shape.heads - group :, None, None].expand(1, group, scores.size(2), 1)
+            scores = torch.cat([scores, column], dim=-1)
+        out = torch.softmax(scores, dim=-1)[..., : shape.length].to(dtype) @ value
         of_rows, *of_others = torch.autograd.grad(out, (rows, key, value), grad_out[:, :, first : first + 512])
         for total, part in zip(sums, of_others, strict=True):
             total += part
@@ -262,33 +328,38 @@ def in_chunks(cell: GridCell, case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [torch.cat(outs, 2), torch.cat(grads, 2), *(total.to(dtype) for total in sums)]
 
 
-def median_ms(run: Callable[[], object], device: str, inputs: list[Tensor], repeats: int = 10) -> float:
-    """Median time of `repeats` calls in milliseconds, by CUDA events, each with a cold L2 cache and without gradients."""
+def median_ms(
+    run: Callable[..., object], device: str, inputs: list[Tensor], before: Callable[[], object] | None = None, repeats: int = 10
+) -> float:
+    """Median time of `repeats` calls in milliseconds, by CUDA events, each with a cold L2 cache and without gradients.
+
+    What `before` returns is given to `run`; its time is not counted, and the device is kept busy until the host has launched.
+    """
     if device != "cuda":
         repeats, cache = 3, None
     else:
         cache = torch.empty(2**26, dtype=torch.int32, device=device)
-    for _ in range(2):
-        drop_gradients(inputs)
-        run()
     times: list[Any] = []
-    for _ in range(repeats):
+    for _ in range(2 + repeats):
         drop_gradients(inputs)
+        given = () if before is None else (before(),)
         if cache is None:
             start = time.perf_counter()
-            run()
+            run(*given)
             times.append(1000 * (time.perf_counter() - start))
             continue
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         cache.zero_()
+        if given:
+            torch.cuda._sleep(1_000_000)  # cycles
         events[0].record()
-        run()
+        run(*given)
         events[1].record()
         times.append(events)
     if cache is None:
-        return statistics.median(times)
+        return statistics.median(times[2:])
     torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(last) for first, last in times)
+    return statistics.median(first.elapsed_time(last) for first, last in times[2:])
 
 
 def _wait(device: str) -> None:

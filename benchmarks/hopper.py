@@ -6,28 +6,37 @@ Hopper forward's bits over repeated runs.
 
     python benchmarks/hopper.py [--head-dims 64,128,256] [--lengths 2048,8192] [--rounds 3] [--out hopper]
     python benchmarks/hopper.py --soak 10000 [--seed 7]     # random shapes and programs against the portable kernel
+    python benchmarks/hopper.py --variants sliding,gqa      # both kernels against FlexAttention on cells of flex_grid.py
+    python benchmarks/hopper.py --tiles window,documents    # the forward's time with each tile that a spec could have
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import os
 import random
 import secrets
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ResultFile
+from flex_grid import run_all
+from grid_cells import GRID, KERNELS
+from measure import ResultFile, chosen
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 from compile_report import named_spec
 
+from flashfuse.bench_peers import Shape
 from flashfuse.codegen import hopper, kernel_choice, launch
+from flashfuse.codegen.hopper_tiles import SHORT_TILES, TILES, Dims, HopperTile, row_of
 from flashfuse.ir.attention_spec import AttentionSpec
 
 TOKENS, HIDDEN = 16384, 2048
@@ -147,6 +156,109 @@ def soak(launches: int, seed: int, out: str) -> None:
     ResultFile(out, "cuda", seed=seed).add(row)
 
 
+# ------------------------------------------------------------------------------------------------ against FlexAttention
+
+
+_RATIOS = (("forward, with mask", "forward_ms"), ("forward, without", "forward_ms"), ("backward", "backward_ms"))
+
+
+def variants(options: argparse.Namespace) -> None:
+    """Cells of `flex_grid.py` with FlexAttention, the portable and the Hopper forward, and each kernel's ratios."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are the threads
+    options.peers, options.small, options.stop_after = ["flex", *KERNELS], False, 1e6
+    options.workers = options.workers or max(1, (os.cpu_count() or 2) - 2)
+    options.seed = options.seed or secrets.randbits(31)
+    cells = [
+        (name, Shape(max(1, TOKENS // length), length, HIDDEN // head_dim, head_dim, torch.bfloat16, "cuda"))
+        for head_dim in map(int, options.head_dims.split(","))
+        for length in map(int, options.lengths.split(","))
+        for name in chosen(options.variants, tuple(GRID))
+    ]
+    results = ResultFile(f"{options.out}_variants", "cuda", seed=options.seed, tokens=TOKENS, hidden=HIDDEN)
+    run_all(cells, options, results)
+    found = {(row["variant"], row["length"], row["head_dim"], row["peer"]): row for row in results.rows}
+    print("times are FlexAttention's over the kernel's: forward with its mask, without, backward; worst error over eager's")
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for name, shape in cells:
+        flex = found[(name, shape.length, shape.head_dim, "flex")]
+        for kernel in KERNELS:
+            row = found[(name, shape.length, shape.head_dim, kernel)]
+            words = f"{name:9} {shape.length:6} {shape.head_dim:4} {kernel:9}"
+            if "failed" in row or "failed" in flex:
+                print(words, row.get("failed", flex.get("failed", ""))[:90])
+                continue
+            for word, key in _RATIOS:
+                ratio = flex.get(f"bare_{key}" if "without" in word else key, flex[key]) / row[key]
+                ratios.setdefault((kernel, word), []).append(ratio)
+                words += f" {ratio:6.2f}"
+            both = [f"{each['forward_ms']:.3f} {each['backward_ms']:.3f}" for each in (row, flex)]
+            right = "" if row["right"] else " WRONG"
+            print(f"{words}   {both[0]} ms (flex {both[1]}), error {row['error']:.2f}{right}")
+    for (kernel, word), each in ratios.items():
+        print(f"{kernel:9} {word:18} geometric mean {statistics.geometric_mean(each):.3f}, worst {min(each):.3f} of {len(each)}")
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def candidates(dims: Dims) -> list[HopperTile]:
+    """All tiles of both tables' rows for head dims, and those with a second buffer of queries where it fits."""
+    known = [tile for table in (TILES, SHORT_TILES) for tile in table.get(dims, ())]
+    known += [dataclasses.replace(tile, queries=2) for tile in known]
+    return [tile for tile in dict.fromkeys(known) if shared_memory(tile, dims) < 226 << 10]
+
+
+def shared_memory(tile: HopperTile, dims: Dims) -> int:
+    """Bytes of a tile's buffers."""
+    key, value = tile.block_m * tile.queries + tile.stages * tile.block_n, tile.block_m * tile.staged + tile.stages * tile.block_n
+    return 2 * (key * dims[0] + value * dims[1])
+
+
+def time_tiles(options: argparse.Namespace) -> None:
+    """The portable forward's and each tile's time, in CUDA graphs, and how far their results are apart."""
+    results = ResultFile(f"{options.out}_tiles", "cuda", tokens=TOKENS, hidden=HIDDEN)
+    for words in options.head_dims.split(","):
+        D, E = (int(dim) for dim in (words.split("x") * 2)[:2])
+        for length in map(int, options.lengths.split(",")):
+            for name in options.tiles.split(","):
+                print(f"{name} {length} {words}", flush=True)
+                for row in timed_tiles(name, length, (D, E)):
+                    results.add({"variant": name, "head_dims": [D, E], "length": length, **row})
+                    said = "".join(f", {word} {row[word]}" for word in ("place", "difference", "spoiled") if row[word])
+                    print(f"    {row['ms']:.4f} ms: {row['tile']}{said}", flush=True)
+
+
+def timed_tiles(name: str, length: int, dims: Dims) -> Iterator[dict[str, Any]]:
+    """The rows of one spec and shape; the range table, if any, is made before."""
+    from triton.testing import do_bench_cudagraph
+
+    D, E = dims
+    shape = (TOKENS // length, HIDDEN // E, length, length)
+    tensors = [torch.randn((*shape[:3], dim), device="cuda", dtype=torch.bfloat16) for dim in (D, D, E)]
+    spec, captures = named_spec(name), captures_of(name, shape)
+    kernel_choice.ask(spec.key, "portable")
+    table = launch.block_ranges(spec, captures, (), shape, tensors[0].device) if spec.certainty is not None else None
+    call = launch.Call(spec, *tensors, captures, (), ranges=table)
+
+    def portable() -> torch.Tensor:
+        return launch.forward(spec, *tensors, captures, (), ranges=table)[0]
+
+    wanted = portable()
+    ms = do_bench_cudagraph(portable, rep=20, return_mode="median")
+    yield {"tile": "portable", "ms": ms, "place": "", "difference": 0.0, "spoiled": ""}
+    out, stats = torch.empty_like(wanted), torch.empty((spec.planes, *shape[:3]), device="cuda")
+    own = row_of(spec, dims)[1]
+    for tile in candidates(dims):
+        compiled = hopper.launch(call, out.fill_(float("nan")), stats, tile)
+        difference = float((out.float() - wanted.float()).abs().max())
+        ms = do_bench_cudagraph(partial(hopper.launch, call, out, stats, tile), rep=20, return_mode="median")
+        place = f"number {own.index(tile) + 1}" if tile in own else ""
+        yield {"tile": str(tile), "ms": ms, "place": place, "difference": difference, "spoiled": hopper.spoiled(compiled)}
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", default="64,128,256")
@@ -154,10 +266,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", default="", help=f"of {', '.join(GRID)}")
+    parser.add_argument("--tiles", default="", help="specs by name, as in tests/codegen/compile_report.py")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile; default: the cores but two")
     parser.add_argument("--out", default="hopper")
     options = parser.parse_args()
     if options.soak:
         soak(options.soak, options.seed or secrets.randbelow(2**31), f"{options.out}_soak")
+    elif options.variants:
+        variants(options)
+    elif options.tiles:
+        time_tiles(options)
     else:
         grid(options)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ _MOST_SPILLED = 512  # bytes a thread; they lie where blocks are masked and wher
 # each, 22 together and minutes with erf besides; the others about 1.
 _COMPILE_COST = {"sin": 4, "cos": 4, "erf": 1, "log": 1, "mod": 1, "floordiv": 1}
 _MOST_COMPILE_COST = 4
+
+served: Counter[str] = Counter()  # key of a spec -> calls that ran here; repeated ones do not count
 
 _passed_over: dict[tuple[str, Dims], int] = {}  # key of a spec and head dims -> tiles of which ptxas makes nothing good
 _failed: dict[tuple[str, Dims], str] = {}  # the same -> why its kernel is not used
@@ -146,6 +149,7 @@ def forward(call: Call, out: Tensor, stats: Tensor) -> bool:
     except Exception as error:  # whatever a compiler in the making may raise; the portable kernels do not need it
         _pass_over(call, tile, f"it does not compile ({type(error).__name__}: {' '.join(str(error).split())[-200:]})")
         return False
+    served[call.spec.key] += 1
     if (call.spec.key, dims_of(call), tile) not in _examined:
         _examined.add((call.spec.key, dims_of(call), tile))
         fault = spoiled(compiled)

@@ -20,3 +20,8 @@ def asked(spec_key: str) -> str:
     """What was asked for; without a word "portable" for kernels that were edited, else "auto"."""
     said = _asked.get(spec_key, "auto")
     return "portable" if said == "auto" and spec_key in _edited else said
+
+
+def known() -> tuple[str, ...]:
+    """The keys of all specs that a word was said about: of every attention that was compiled."""
+    return tuple(_asked)
