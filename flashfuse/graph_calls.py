@@ -240,6 +240,8 @@ class GraphCalls:
         if not is_tensor(side.node):
             return self.call(torch.scalar_tensor, self.scalar(side.node), dtype=torch.float32)
         node = self.value(side.node)
+        if value_of(side.node).dtype.is_floating_point and side.node in self.rewriter.form.without_grad:
+            node = self.method("detach", node)  # a view that `no_grad` made of a parameter says that it requires a gradient
         return node if side.view is None else self.view(node, side.view, copy=True, shape=tuple(value_of(side.node).shape))
 
     def _diagonals(self, table: Diagonals, match: Match) -> fx.Node:

@@ -11,6 +11,7 @@ import flashfuse
 
 B, H, S, D = 2, 4, 12, 16
 INNER = {"inner": "aot_eager"}
+PLACES = torch.arange(B * S * S).reshape(B, S, S) % 9
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +78,25 @@ def bias_of_scores_without_grad(q, k, v):
     return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
 
 
+def bias_from_a_table(q, k, v, table):
+    """LayoutLMv3, whose bias is read under `no_grad`; here it gets its gradient."""
+    return (q @ k.mT * 0.25 + table.t()[PLACES].permute(0, 3, 1, 2)).softmax(-1) @ v
+
+
+def bias_from_a_table_without_grad(q, k, v, table):
+    with torch.no_grad():
+        bias = table.t()[PLACES].permute(0, 3, 1, 2)
+    return (q @ k.mT * 0.25 + bias.contiguous()).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "function",
     [detached_query, query_scaled_without_grad, query_viewed_without_grad, detached_bias, detached_maximum,
-     bias_of_scores_without_grad],
+     bias_of_scores_without_grad, bias_from_a_table, bias_from_a_table_without_grad],
 )  # fmt: skip
 def test_what_is_detached_gets_no_gradient(function: Callable):
-    more = (torch.randn(H, S, S),) if function is detached_bias else ()
+    tables = {detached_bias: (H, S, S), bias_from_a_table: (H, 9), bias_from_a_table_without_grad: (H, 9)}
+    more = (torch.randn(tables[function]),) if function in tables else ()
     check(function, *qkv(), *more, counts={"fused": 1})
 
 
