@@ -14,6 +14,7 @@ from flashfuse.ir.score_builder import closure
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram, Statement
 from flashfuse.ir.score_words import mask_words, score_words
+from flashfuse.ir.separate import separated
 
 _AT = "b, h, m, n, inside_m, inside_n, M, N, inputs"
 _AT_ROW = "b, h, m, inside_m, M, N, inputs"
@@ -135,7 +136,7 @@ class _Writer:
         if split.keep is None:
             keep = function_text("keep", _AT, [], "inside_m & inside_n", purpose)
         else:
-            keep = self.function("keep", _AT, split.keep, purpose)
+            keep = self.function("keep", _AT, separated(split.keep), purpose)
         return [score, kept, keep]
 
     def raw_gradients(self) -> list[str]:
