@@ -36,11 +36,11 @@ from compile_report import named_spec
 
 from flashfuse.bench_peers import Shape
 from flashfuse.codegen import hopper, kernel_choice, launch
-from flashfuse.codegen.hopper_tiles import SHORT_TILES, TILES, Dims, HopperTile, row_of
+from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, row_of
 from flashfuse.ir.attention_spec import AttentionSpec
 
 TOKENS, HIDDEN = 16384, 2048
-SOAKED = ("plain", "causal", "causal_low", "window", "softcap", "alibi", "bias", "documents", "sinks")
+SOAKED = ("plain", "causal", "causal_low", "window", "softcap", "alibi", "bias", "documents", "sinks", "dropout")
 
 
 def run(spec: AttentionSpec, kernel: str, tensors: list[torch.Tensor], captures: list[torch.Tensor]) -> torch.Tensor:
@@ -121,6 +121,8 @@ def captures_of(name: str, shape: tuple[int, int, int, int]) -> list[torch.Tenso
     B, H, M, N = shape
     if name in ("alibi", "sinks"):
         return [torch.rand(H, device="cuda")]
+    if name == "dropout":
+        return [torch.randint(2**62, (), device="cuda")]
     if name == "bias":
         return [torch.randn(1, H, M, N, device="cuda")]
     if name == "documents":
@@ -136,7 +138,7 @@ def soak(launches: int, seed: int, out: str) -> None:
         name, head_dim = chosen.choice(SOAKED), chosen.choice((64, 64, 128, 128, 256))
         groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
         B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
-        if name in ("causal", "window", "softcap", "alibi", "documents", "sinks"):
+        if name in ("causal", "window", "softcap", "alibi", "documents", "sinks", "dropout"):
             N = max(M, N) if name != "documents" else M  # no row without a key
         H = groups * share
         tensors = [torch.randn(B, heads, rows, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -203,7 +205,7 @@ def variants(options: argparse.Namespace) -> None:
 
 def candidates(dims: Dims) -> list[HopperTile]:
     """All tiles of both tables' rows for head dims, and those with a second buffer of queries where it fits."""
-    known = [tile for table in (TILES, SHORT_TILES) for tile in table.get(dims, ())]
+    known = [tile for table in (TILES, SMALL_TILES) for tile in table.get(dims, ())]
     known += [dataclasses.replace(tile, queries=2) for tile in known]
     return [tile for tile in dict.fromkeys(known) if shared_memory(tile, dims) < 226 << 10]
 

@@ -17,10 +17,11 @@ from flashfuse.ir.attention_spec import AttentionSpec
 KERNELS = Path(__file__).parent / "kernels"
 _PACKAGE = "flashfuse.codegen.kernels"
 _BEFORE = ("maths",)
+_BEFORE_HOPPER = ("maths", "hopper_api", "hopper_maths")
 _AFTER = ("tiles", "forward", "decode", "backward", "capture_gradient", "block_table")
 
 
-_HOPPER = ("tiles", "hopper_api", "hopper_forward")
+_HOPPER = ("tiles", "hopper_forward")
 
 
 @lru_cache(maxsize=256)
@@ -29,7 +30,8 @@ def module_text(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = Fal
 
     `hopper`: the module of the Hopper kernels, which need Gluon, instead of that of the portable ones.
     """
-    parts = [_header(spec), "import triton\nimport triton.language as tl", *(_kernel_text(name) for name in _BEFORE)]
+    before = _BEFORE_HOPPER if hopper else _BEFORE
+    parts = [_header(spec), "import triton\nimport triton.language as tl", *(_kernel_text(name) for name in before)]
     if fast_tanh and spec.score.uses("tanh"):
         parts.append("tanh = tanh_approximate  # query and key have 16 bits")
     parts.append("# " + "-" * 98 + " generated from the score program")

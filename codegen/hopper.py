@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.codegen import kernel_choice, ptxas
-from flashfuse.codegen.hopper_tiles import ROWS, SHORT_SERVED, Dims, HopperTile, has_short_ranges, parts, row_of, tiles_of
+from flashfuse.codegen.hopper_tiles import ROWS, SERVED, Dims, HopperTile, draws, kind_of, parts, row_of, tiles_of
 from flashfuse.codegen.load import kernel_module, remembered
 from flashfuse.ir.attention_spec import EmptyRows
 
@@ -44,7 +44,7 @@ _passed_over: dict[tuple[str, Dims], int] = {}  # key of a spec and head dims ->
 _failed: dict[tuple[str, Dims], str] = {}  # the same -> why its kernel is not used
 _told: set[tuple[str, str]] = set()
 _examined: set[tuple[str, Dims, HopperTile]] = set()  # kernels that ptxas was asked about
-_trust: dict[tuple[torch.device, HopperTile, Dims], str] = {}
+_trust: dict[tuple[torch.device, HopperTile, Dims, bool], str] = {}
 
 
 @cache
@@ -79,8 +79,6 @@ def refusal(call: Call, *, eager: bool = False) -> str:
     row, tiles = row_of(call.spec, dims)
     if min(call.padded) < 64 or not tiles:
         return f"head dims {call.D} and {call.E}"
-    if call.spec.weight is not None and call.spec.weight.uses("random_bits"):
-        return "dropout"
     if sum(_COMPILE_COST.get(statement.op, 0) for _, statement in call.spec.statements) > _MOST_COMPILE_COST:
         return "its score program would take long to compile"
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
@@ -88,13 +86,14 @@ def refusal(call: Call, *, eager: bool = False) -> str:
             return f"{name} is not aligned to 16 bytes"
     if not eager and call.spec.has_gaps:
         return "its ranges of keys have gaps"
-    if not eager and has_short_ranges(call.spec) and row not in SHORT_SERVED:
-        return "its ranges of keys are short"
+    kind = kind_of(call.spec)
+    if not eager and kind and (kind, row) not in SERVED:
+        return f"{kind} was not timed as faster"
     tile = tile_of(call)
     fill = -(-call.M // tile.block_m) * call.B * call.H / multiprocessors(call.query.device)
     if not eager and (call.N < _LEAST_KEYS or fill < _LEAST_FILL):
         return "few keys or queries"
-    return missing() or _failed.get((call.spec.key, dims), "") or distrust(call.query.device, tile, dims)
+    return missing() or _failed.get((call.spec.key, dims), "") or distrust(call.query.device, tile, dims, draws(call.spec))
 
 
 def dims_of(call: Call) -> Dims:
@@ -215,17 +214,20 @@ def section(call: Call) -> int:
     return next(number for number in range(most, 0, -1) if heads % number == 0)
 
 
-def distrust(device: torch.device, tile: HopperTile, dims: Dims) -> str:
-    """Why the kernels are not trusted on this machine: nothing once a small attention has come out right on it."""
-    if (device, tile, dims) in _trust:
-        return _trust[(device, tile, dims)]
+def distrust(device: torch.device, tile: HopperTile, dims: Dims, dropout: bool = False) -> str:
+    """Why the kernels are not trusted on this machine: nothing once a small attention has come out right on it.
+
+    `dropout`: one whose probabilities are dropped, by the bits that the backward will draw again.
+    """
+    facts = (device, tile, dims, dropout)
+    if facts in _trust:
+        return _trust[facts]
     if torch.cuda.is_current_stream_capturing():
         return "the first call lies within a CUDA graph, where nothing can be checked"
     from flashfuse.codegen import hopper_check
 
-    name = hopper_check.identity(device, tile, dims)
-    fault = remembered(f"hopper_{name}.txt", lambda: hopper_check.fault(device, tile, dims))
+    fault = remembered(f"hopper_{hopper_check.identity(*facts)}.txt", lambda: hopper_check.fault(*facts))
     if fault:
         warnings.warn(f"flashfuse: the Hopper kernels failed their check and are not used: {fault}", stacklevel=2)
-    _trust[(device, tile, dims)] = fault and f"it failed its check on this machine ({fault})"
-    return _trust[(device, tile, dims)]
+    _trust[facts] = fault and f"it failed its check on this machine ({fault})"
+    return _trust[facts]

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper forward: one table by head dims, one for specs whose queries see few keys."""
+"""Tiles of the Hopper forward: one table by head dims, one of small tiles for kinds of specs that want them."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ TILES: dict[Dims, tuple[HopperTile, ...]] = {
     (256, 256): (_T(2, 64, 2, 240, False),),
 }
 
-# The same for specs whose queries see few keys (`has_short_ranges`): blocks that waste less at both ends of a range, and two
-# buffers of queries, since much of a short tile's time is what stands before its first product.
-SHORT_TILES: dict[Dims, tuple[HopperTile, ...]] = {
-    (64, 64): (_T(3, 64, 8, 160, True, 2), _T(2, 64, 8, 240, True, 2), _T(3, 128, 2, 160, True, 2)),
+# The same for specs of a kind (`kind_of`): blocks of 64 keys waste less at both ends of a range and leave registers for
+# dropout, and two buffers of queries, since much of a short tile's time is what stands before its first product.
+SMALL_TILES: dict[Dims, tuple[HopperTile, ...]] = {
+    (64, 64): (_T(3, 64, 8, 160, True, 2), _T(2, 64, 8, 240, True, 2), _T(2, 128, 4, 240, True, 2)),
     (128, 128): (_T(2, 64, 4, 240, True, 2), _T(3, 64, 4, 160, True, 1), _T(2, 128, 2, 240, True, 2)),
 }
 
-# Rows of SHORT_TILES that were timed and found faster than the portable kernel: only these serve unless options ask.
-SHORT_SERVED: frozenset[tuple[int, int]] = frozenset()
+# Kinds of specs and rows of tiles that were timed and found faster than the portable kernel: other specs of a kind are left to
+# that unless options ask.
+SERVED: frozenset[tuple[str, Dims]] = frozenset()
 
 
 def parts(head_dim: int) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def parts(head_dim: int) -> tuple[int, ...]:
 
 def row_of(spec: AttentionSpec, dims: Dims) -> tuple[Dims, tuple[HopperTile, ...]]:
     """The row of tiles for a spec and head dims: what it goes up to, and its tiles; no tiles where there is no row."""
-    for table in (SHORT_TILES, TILES) if has_short_ranges(spec) else (TILES,):
+    for table in (SMALL_TILES, TILES) if kind_of(spec) else (TILES,):
         for most, tiles in table.items():
             if dims[0] <= most[0] and dims[1] <= most[1]:
                 return most, tiles
@@ -72,13 +73,21 @@ def tiles_of(spec: AttentionSpec, dims: Dims) -> tuple[HopperTile, ...]:
     return row_of(spec, dims)[1]
 
 
-def has_short_ranges(spec: AttentionSpec) -> bool:
-    """Whether queries see few keys near themselves: sliding windows, chunks, documents.
+def kind_of(spec: AttentionSpec) -> str:
+    """What sets a spec apart: "dropout", or that queries see few keys near themselves, "documents" and "window"; else nothing.
 
-    A window's range has a lower end that moves with the query. Masks that read a captured vector at the query count as
-    documents; those that read one at the key alone, as padding does, say the same of all queries and cut little.
+    A window's range has a lower end that moves with the query; so has a chunk's. Masks that read a captured vector at the
+    query count as documents; those that read one at the key alone, as padding does, say the same of all queries and cut little.
     """
+    if draws(spec):
+        return "dropout"
     if any(vector.op == "load" for vector in bounded_vectors(spec.certainty, "m")):
-        return True
+        return "documents"
     found = spec.key_ranges
-    return found is not None and found.program.statements[found.program.results[0]].op != "const"
+    moves = found is not None and found.program.statements[found.program.results[0]].op != "const"
+    return "window" if moves else ""
+
+
+def draws(spec: AttentionSpec) -> bool:
+    """Whether a spec draws random numbers."""
+    return spec.weight is not None and spec.weight.uses("random_bits")

@@ -213,7 +213,10 @@ def soften(
 ):  # fmt: skip
     """A block's unnormalised probabilities, the factor by which older ones shrink, and the rows' new maximum and sum."""
     n = first + column
-    inside_n = n < N
+    if EVEN:
+        inside_n = gl.full(column.shape, 1, gl.int1, column.type.layout)
+    else:
+        inside_n = n < N
     x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
     if MASKED or not EVEN:
         if (first < full_lo) | (first >= full_hi):

@@ -20,7 +20,7 @@ from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
 from flashfuse.codegen import hopper, hopper_check, kernel_choice, launch, load, ptxas
-from flashfuse.codegen.hopper_tiles import SHORT_TILES, TILES, Dims, HopperTile, has_short_ranges, parts, row_of
+from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -34,8 +34,9 @@ needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute 
 def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    wanted = {"causal_d64": 3, "causal_window_d64": 3, "plain_d128": 2, "causal_d192": 2, "causal_d256": 2}  # consumers
-    compiled = ("64:causal", "64:window", "128:plain", "192x128:causal", "256:causal")
+    wanted = {"causal_d64": 3, "causal_window_d64": 3, "plain_d128": 2, "causal_d192": 2, "causal_d256": 2,
+              "causal_dropout_d64": 3}  # fmt: skip  # consumers
+    compiled = ("64:causal", "64:window", "128:plain", "192x128:causal", "256:causal", "64:dropout")
     command = [sys.executable, str(SCRIPT), "bf16", *compiled]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -81,12 +82,13 @@ def test_sections_divide_the_heads_and_fit_the_cache() -> None:
     assert hopper.section(a_call(masked=False, B=1, H=8, G=8, N=512, D=64, E=64, key=key)) == 1
 
 
-def test_specs_with_short_ranges_have_tiles_of_their_own() -> None:
+def test_kinds_of_specs_have_tiles_of_their_own() -> None:
     specs = {case.name: case.spec for case in CASES}
-    names = ("plain", "causal", "window", "documents", "documents_causal", "padding", "padding_zero", "lengths", "alibi")
-    short = {name for name in names if has_short_ranges(specs[name])}
-    assert short == {"window", "documents", "documents_causal"}
-    assert row_of(specs["window"], (64, 64)) == ((64, 64), SHORT_TILES[(64, 64)])
+    names = ("plain", "causal", "window", "chunks", "documents", "documents_causal", "padding", "padding_zero", "dropout")
+    kinds = {name: kind_of(specs[name]) for name in names if kind_of(specs[name])}
+    assert kinds == {"window": "window", "chunks": "window", "dropout": "dropout",
+                     "documents": "documents", "documents_causal": "documents"}  # fmt: skip
+    assert row_of(specs["window"], (64, 64)) == ((64, 64), SMALL_TILES[(64, 64)])
     assert row_of(specs["causal"], (64, 64)) == ((64, 64), TILES[(64, 64)])
     assert row_of(specs["window"], (192, 128)) == ((192, 128), TILES[(192, 128)])  # no row of its own
     assert row_of(specs["window"], (320, 64)) == ((320, 64), ())
@@ -100,7 +102,7 @@ def test_head_dims_are_sums_of_powers_of_two() -> None:
     assert row_of(next(case for case in CASES if case.name == "plain").spec, (96, 64))[0] == (96, 96)
 
 
-@pytest.mark.parametrize("table", [TILES, SHORT_TILES], ids=["long", "short"])
+@pytest.mark.parametrize("table", [TILES, SMALL_TILES], ids=["usual", "small"])
 def test_tiles_fit_a_multiprocessor(table: dict[Dims, tuple[HopperTile, ...]]) -> None:
     for (D, E), tiles in table.items():
         for tile in tiles:
@@ -122,12 +124,20 @@ def test_a_tile_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(hopper, "launch", fails)
-    for _tile in SHORT_TILES[(64, 64)]:
+    for _tile in SMALL_TILES[(64, 64)]:
         assert (spec.key, (64, 64)) not in hopper._failed
         assert not hopper.forward(call, torch.zeros(0), torch.zeros(0))
-    assert launched == list(SHORT_TILES[(64, 64)])
+    assert launched == list(SMALL_TILES[(64, 64)])
     assert "out of resources" in hopper._failed[(spec.key, (64, 64))]
-    assert hopper.tile_of(other) is SHORT_TILES[(128, 128)][0]
+    assert hopper.tile_of(other) is SMALL_TILES[(128, 128)][0]
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_the_checked_specs_are_sound(dropout: bool) -> None:
+    spec = hopper_check.window_spec(dropout)
+    spec.verify()
+    assert kind_of(spec) == ("dropout" if dropout else "window")
+    assert draws(spec) == dropout
 
 
 class ShownAsCuda(torch.Tensor):
@@ -246,11 +256,12 @@ def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tup
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dims", TILES, ids=lambda dims: "{}x{}".format(*dims))
-@pytest.mark.parametrize("table", [TILES, SHORT_TILES], ids=["long", "short"])
-def test_the_check_passes_here(table: dict[Dims, tuple[HopperTile, ...]], dims: Dims) -> None:
+@pytest.mark.parametrize("table", [TILES, SMALL_TILES], ids=["usual", "small"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_the_check_passes_here(table: dict[Dims, tuple[HopperTile, ...]], dims: Dims, dropout: bool) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for tile in table.get(dims, ()):
-        assert hopper_check.fault(device, tile, dims) == "", tile
+        assert hopper_check.fault(device, tile, dims, dropout) == "", tile
 
 
 @pytest.mark.gpu
@@ -265,7 +276,7 @@ def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(hopper, "launch", wrong)
     device = torch.device("cuda", torch.cuda.current_device())
-    assert "differ" in hopper_check.fault(device, TILES[(64, 64)][0], (64, 64))
+    assert "differ" in hopper_check.fault(device, TILES[(64, 64)][0], (64, 64), False)
 
 
 @pytest.mark.gpu
