@@ -221,8 +221,8 @@ def soften(
     if MASKED or not EVEN:
         if (first < full_lo) | (first >= full_hi):
             if MASKED:
-                x = gl.where(inside_n & keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
-            else:
+                x = gl.where(keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
+            if not EVEN:
                 x = gl.where(inside_n, x, float("-inf"))
     higher = gl.maximum(top, gl.max(x, 1))
     finite = gl.where(higher == float("-inf"), 0.0, higher)

@@ -255,6 +255,15 @@ def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tup
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "chunks", "softcap", "alibi", "dropout", "sinks_causal"])
+def test_lengths_that_blocks_divide(name: str, head_dim: int) -> None:
+    case = next(case for case in CASES if case.name == name)
+    compare(dataclasses.replace(case, shape=(2, 4, 2, 640, 640, head_dim, head_dim)), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("dims", TILES, ids=lambda dims: "{}x{}".format(*dims))
 @pytest.mark.parametrize("table", [TILES, SMALL_TILES], ids=["usual", "small"])
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
