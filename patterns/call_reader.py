@@ -22,6 +22,7 @@ from flashfuse.patterns.call_traces import (
     with_holes,
 )
 from flashfuse.patterns.normal_form import NormalForm, Origin, attribute, fake_mode_of, is_leaf, is_opaque, leaf_value
+from flashfuse.patterns.vmap_sections import Section, loads_decompositions, trace_section, vmap_sections
 
 _METADATA = frozenset({"size", "dim", "stride", "numel", "nelement", "ndimension", "storage_offset", "is_contiguous", getattr})
 
@@ -53,6 +54,7 @@ class _CallReader:
         self.storages: dict[int, int] = {}  # of Dynamo's fake values -> number here
         self.holders: dict[int, list[fx.Node]] = {}  # storage -> captured nodes whose result lies in it
         self.handed_over: list[Held] = []  # what opaque nodes and reads of numbers use: used, although not seen by what
+        self.sections = {node: section for section in vmap_sections(module.graph) for node in section.nodes}
         self.leaves = [node for node in module.graph.nodes if is_leaf(module, node)]
         self.inputs = {leaf: self._input(leaf) for leaf in self.leaves}
 
@@ -88,6 +90,10 @@ class _CallReader:
         if node.op == "output":
             self._finish(node)
             return
+        if node in self.sections:
+            if node is self.sections[node].last:
+                self._read_section(self.sections[node])
+            return
         if node in self.inputs:
             self.env[node] = self.inputs[node]
             if is_opaque(node):
@@ -101,8 +107,8 @@ class _CallReader:
         self._note(node, self.env[node])
 
     def _call(self, node: fx.Node) -> Any:
-        if "functorch" in str(getattr(node.target, "__module__", "")):
-            raise NotByCalls(f"{node.target} changes functorch's levels")
+        if loads_decompositions(node):
+            return None
         if node.target is torch._C._set_grad_enabled:
             self.grad_mode = bool(node.args[0])
             self.form.gradients |= self.grad_mode
@@ -128,6 +134,19 @@ class _CallReader:
             if key is not None:
                 self.traces[key] = found
         return self._copied(node, found, held)
+
+    def _read_section(self, section: Section) -> None:
+        """A whole vmap as the call of its result."""
+        assert self.fake_mode is not None
+        skeleton, held = with_holes(tuple(self.env[node] for node in section.inputs))
+        try:
+            trace = trace_section(section, skeleton, held, self.fake_mode)
+        except NotByCalls:
+            raise
+        except Exception as error:
+            raise NotByCalls(f"a vmap: {type(error).__name__}: {error}") from error
+        self.env[section.result] = self._copied(section.result, trace, held)
+        self._note(section.result, self.env[section.result])
 
     def _trace(self, node: fx.Node, skeleton: Any, held: list[Held]) -> CallTrace:
         assert self.fake_mode is not None

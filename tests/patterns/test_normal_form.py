@@ -147,8 +147,9 @@ def test_functorch_is_left_as_it_was():
     inside = next(node for node in module.graph.nodes if node.target in ("mul", operator.mul))
     inside.target = unreadable
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-    with pytest.raises(NotByCalls, match="functorch"):
+    with pytest.raises(NotByCalls, match="a vmap: "):
         read_calls(module, lambda node: True)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == depth
     with pytest.raises((ZeroDivisionError, RuntimeError)):  # torch 2.11 cannot trace the vmap itself
         trace_whole(module, lambda node: True)
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == depth
@@ -158,3 +159,37 @@ def unreadable(*_arguments: Any) -> None:
     """Stands for a call that cannot be traced."""
     assert torch._C._functorch.get_dynamic_layer_stack_depth() > 0
     raise ZeroDivisionError
+
+
+def adds_in_place(m: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    later = m + n
+    return later.sub_(m) <= 0
+
+
+VMAPS = {
+    "_to_copy": lambda m, n: (m * 0.5) * n <= 2,
+    "sub_": adds_in_place,
+    "rand": lambda m, n: torch.rand(()) * n <= m,
+}
+
+
+@pytest.mark.parametrize("name", VMAPS)
+def test_a_vmap_that_computes_floats_writes_or_draws_is_not_read(name: str):
+    rule, positions = VMAPS[name], torch.arange(6)
+
+    def model(q, k, v):
+        both = torch.vmap(torch.vmap(rule, in_dims=(None, 0), randomness="same"), in_dims=(0, None), randomness="same")
+        mask = both(positions, positions)
+        return (q @ k.mT).masked_fill(~mask, -1e4).softmax(-1) @ v
+
+    with pytest.raises(NotByCalls, match=f"{name}.* in a vmap"):
+        read_calls(captured(model, *qkv()), lambda node: True)
+
+
+def test_a_vmap_with_two_results_is_not_read():
+    def model(q, k, v):
+        mask, twice = torch.vmap(lambda m: (m > 0, m * 2))(torch.arange(6))
+        return (q @ k.mT).masked_fill(mask, -1e4).softmax(-1) @ v + twice[-1]
+
+    with pytest.raises(NotByCalls, match="several results"):
+        read_calls(captured(model, *qkv()), lambda node: True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from zoo_entries import NEG, B, D, H, S, near_miss, qkv, spelling
 
@@ -177,3 +179,29 @@ def softmax_over_the_group(q, k, v):
 def probabilities_reshaped_across_blocks(q, k, v):
     p = _scores(q, k).unflatten(3, (4, 6)).softmax(-1).flatten(3)
     return p @ v
+
+
+# ------------------------------------------------------------------------------------------------ masks made by vmap
+
+
+def _mapped(rule: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """`rule(b, h, m, n)` over all positions, as Hugging Face's mask functions are mapped: [B, H, S, S]."""
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        rule = torch.vmap(rule, in_dims=dims)
+    return rule(*(torch.arange(size) for size in (B, H, S, S)))
+
+
+@spelling(inputs=lambda: (*qkv(), _kept()), keeps="(n <= m) and c0[b, n]", rows="exact")
+def mask_of_functions_mapped(q, k, v, kept):
+    def rule(b, h, m, n):
+        return m.new_ones((), dtype=torch.bool) & (n <= m) & (kept[b, n] != 0)
+
+    return _scores(q, k).masked_fill(~_mapped(rule), float("-inf")).softmax(-1) @ v
+
+
+@spelling(keeps="m <= n")
+def mask_of_a_function_mapped_over_keys_first(q, k, v):
+    """The same function as a causal mask's: which argument a vmap maps decides what it is."""
+    rows = torch.vmap(lambda n, m: n <= m, in_dims=(None, 0))
+    kept = torch.vmap(rows, in_dims=(0, None))(torch.arange(S), torch.arange(S))
+    return torch.where(kept, _scores(q, k), float("-inf")).softmax(-1) @ v
