@@ -384,9 +384,7 @@ def attend(
         else:
             mbarrier.arrive(query_empty.index(place), count=1)
         step = pass_over(step, after, key_full, key_empty, value_full, value_empty, STAGES)
-        acc = finish(
-            acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO
-        )
+        acc = finish(acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO)
         if STAGED:
             tma_store_wait(0)  # what the last tile stored has been read
             stage_rows(out[0], staged[0], CONSUMER, acc[0].to(dtype), b, h, first, 0)
