@@ -21,7 +21,7 @@ _BEFORE_HOPPER = ("maths", "hopper_api", "hopper_maths")
 _AFTER = ("tiles", "forward", "decode", "backward", "capture_gradient", "block_table")
 
 
-_HOPPER = ("tiles", "hopper_forward")
+_HOPPER = ("tiles", "hopper_forward", "hopper_backward")
 
 
 @lru_cache(maxsize=256)

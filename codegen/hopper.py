@@ -12,6 +12,7 @@ import hashlib
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ _passed_over: dict[tuple[str, Dims], int] = {}  # key of a spec and head dims ->
 _failed: dict[tuple[str, Dims], str] = {}  # the same -> why its kernel is not used
 _told: set[tuple[str, str]] = set()
 _examined: set[tuple[str, Dims, HopperTile]] = set()  # kernels that ptxas was asked about
-_trust: dict[tuple[torch.device, HopperTile, Dims, bool], str] = {}
+_trust: dict[tuple[Any, ...], str] = {}
 
 
 @cache
@@ -67,23 +68,30 @@ def takes(call: Call) -> bool:
     return not reason
 
 
-def refusal(call: Call, *, eager: bool = False) -> str:
-    """Why a call runs on the portable forward, or nothing. `eager`: also where that is likely to be faster."""
+def unfit(call: Call) -> str:
+    """Why neither forward nor backward can run here, whatever their tiles, or nothing."""
     if not call.query.is_cuda or torch.cuda.get_device_capability(call.query.device) != (9, 0):
         return "the device has not compute capability 9.0"
     if call.query.dtype not in (torch.float16, torch.bfloat16) or call.value.dtype is not call.query.dtype:
         return f"elements are {call.query.dtype} and {call.value.dtype}"
     if call.spec.wide:
         return "its output is float32"
-    dims = dims_of(call)
-    row, tiles = row_of(call.spec, dims)
-    if min(call.padded) < 64 or not tiles:
-        return f"head dims {call.D} and {call.E}"
     if sum(_COMPILE_COST.get(statement.op, 0) for _, statement in call.spec.statements) > _MOST_COMPILE_COST:
         return "its score program would take long to compile"
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if not describable(tensor):
             return f"{name} is not aligned to 16 bytes"
+    return ""
+
+
+def refusal(call: Call, *, eager: bool = False) -> str:
+    """Why a call runs on the portable forward, or nothing. `eager`: also where that is likely to be faster."""
+    if reason := unfit(call):
+        return reason
+    dims = dims_of(call)
+    row, tiles = row_of(call.spec, dims)
+    if min(call.padded) < 64 or not tiles:
+        return f"head dims {call.D} and {call.E}"
     if not eager and call.spec.has_gaps:
         return "its ranges of keys have gaps"
     kind = kind_of(call.spec)
@@ -123,10 +131,11 @@ def describable(tensor: Tensor) -> bool:
 def descriptors(tensor: Tensor, rows: int) -> tuple[Any, Any]:
     """Of `[1, 1, rows, part]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends, for one or both parts of its dim."""
     whole, *rest = parts(tensor.shape[3])
-    return _descriptor(tensor, rows, whole), _descriptor(tensor, rows, rest[0]) if rest else None
+    return descriptor(tensor, rows, whole), descriptor(tensor, rows, rest[0]) if rest else None
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    """Of `[1, 1, rows, columns]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -208,8 +217,12 @@ def section(call: Call) -> int:
     """Heads whose tiles are taken together (see the kernel's `tile_of`); one where all tiles are as long as each other."""
     if not call.masked:
         return 1
-    heads = call.B * call.H
     bytes_a_head = call.N * (call.D + call.E) * call.key.element_size() * call.G // call.H
+    return section_of(call.B * call.H, bytes_a_head)
+
+
+def section_of(heads: int, bytes_a_head: int) -> int:
+    """As many of the heads, all in equal sections, as the L2 cache holds of what each of them reads; at least one."""
     most = max(1, min(_L2_BYTES // max(bytes_a_head, 1), heads))
     return next(number for number in range(most, 0, -1) if heads % number == 0)
 
@@ -219,15 +232,20 @@ def distrust(device: torch.device, tile: HopperTile, dims: Dims, dropout: bool =
 
     `dropout`: one whose probabilities are dropped, by the bits that the backward will draw again.
     """
+    from flashfuse.codegen import hopper_check as check
+
     facts = (device, tile, dims, dropout)
+    return checked(facts, lambda: check.identity(*facts), lambda: check.fault(*facts))
+
+
+def checked(facts: tuple[Any, ...], identity: Callable[[], str], fault: Callable[[], str]) -> str:
+    """What a check finds wrong, or nothing: for `facts` it runs once a process, and under its `identity` once a machine."""
     if facts in _trust:
         return _trust[facts]
     if torch.cuda.is_current_stream_capturing():
         return "the first call lies within a CUDA graph, where nothing can be checked"
-    from flashfuse.codegen import hopper_check
-
-    fault = remembered(f"hopper_{hopper_check.identity(*facts)}.txt", lambda: hopper_check.fault(*facts))
-    if fault:
-        warnings.warn(f"flashfuse: the Hopper kernels failed their check and are not used: {fault}", stacklevel=2)
-    _trust[facts] = fault and f"it failed its check on this machine ({fault})"
+    found = remembered(f"hopper_{identity()}.txt", fault)
+    if found:
+        warnings.warn(f"flashfuse: the Hopper kernels failed their check and are not used: {found}", stacklevel=2)
+    _trust[facts] = found and f"it failed its check on this machine ({found})"
     return _trust[facts]

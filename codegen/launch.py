@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from flashfuse.codegen import decode, hopper, kernel_choice, tuning
+from flashfuse.codegen import decode, hopper, hopper_backward, kernel_choice, tuning
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
 from flashfuse.codegen.launches import Launches, interpreting
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
@@ -132,7 +132,8 @@ def backward(
         with call.device():
             return _run_backward(call, out, wanted)
 
-    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query), ranges is None, grad_stats is None)
+    kind = (kernel_choice.asked(spec.key), torch.are_deterministic_algorithms_enabled(), ranges is None, grad_stats is None)
+    identity = (spec.key, "backward", tuple(sizes), tuple(wanted), _precision(query), *kind)
     given = (query, key, value, out, stats, grad_out, *captures, *_there(ranges), *_there(grad_stats))
     return list(repeated(identity, given, query.device, run))
 
@@ -143,12 +144,14 @@ def _no_gradients(query: Tensor, key: Tensor, value: Tensor, captures: Sequence[
 
 
 def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
-    call.delta = call.empty((call.B, call.H, call.M), torch.float32)
     call.out = _last_contiguous(out)
+    grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
+    if hopper_backward.takes(call, wanted) and hopper_backward.backward(call, grad_query, grad_key, grad_value):
+        return [grad_query, grad_key, grad_value]
+    call.delta = call.empty((call.B, call.H, call.M), torch.float32)
     if wanted:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
-    grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
     rows, columns = gradients.row_partial, gradients.column_partial
     call.launch(
         "grad_query",  # first: it makes delta
@@ -276,9 +279,7 @@ class Call(Launches):
         return max(torch.finfo(tensor.dtype).eps for tensor in (self.query, self.value))
 
 
-def _settle(
-    identity: tuple[Any, ...], plan: KernelPlan, kernel: str, attempt: Callable[[Tile], Any], repeatable: bool
-) -> Tile:
+def _settle(identity: tuple[Any, ...], plan: KernelPlan, kernel: str, attempt: Callable[[Tile], Any], repeatable: bool) -> Tile:
     """Run `attempt` with the first tile of the plan that suits the device, and return it.
 
     A tile whose kernel exceeds shared memory is passed over; so is one that spills registers, if `repeatable`

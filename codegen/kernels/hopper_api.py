@@ -21,3 +21,15 @@ except ImportError:
     from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as tma_load
     from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_shared_to_global as tma_store
     from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait as tma_store_wait
+
+try:  # since Triton 3.7
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_atomic_add as tma_add
+except ImportError:
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Add a tile in shared memory to one in global memory, whose first element must lie within the tensor."""
+        where = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, where, src.handle)

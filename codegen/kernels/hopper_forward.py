@@ -84,7 +84,7 @@ def tile_of(turn, blocks, heads, section, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def with_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: gl.constexpr, BLOCK: gl.constexpr):
+def with_rows_of_table(lo, hi, full_lo, full_hi, table, first, blocks, ROWS: gl.constexpr, BLOCK: gl.constexpr):
     """`tiles.with_table`, a row of the table at a time."""
     table_lo = gl.to_tensor(2147483647)
     table_hi = gl.to_tensor(0)
@@ -111,7 +111,7 @@ def keys_of(
     if TABLE_ROWS > 0:
         table += b.to(gl.int64) * table_b + h.to(gl.int64) * table_h
         rows = (M + TABLE_ROWS - 1) // TABLE_ROWS
-        lo, hi, full_lo, full_hi = with_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
+        lo, hi, full_lo, full_hi = with_rows_of_table(lo, hi, full_lo, full_hi, table, first, rows, TABLE_ROWS, BLOCK_M)
     lo, full_lo, full_hi = block_aligned(lo, full_lo, gl.minimum(full_hi, N), BLOCK_N)
     return lo, gl.maximum((hi - lo + BLOCK_N - 1) // BLOCK_N, 0), full_lo, full_hi
 

@@ -1,0 +1,155 @@
+"""The Hopper backward: compiled here without a GPU, run on one by `pytest -m gpu tests/codegen/test_hopper_backward.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
+from compile_report import named_spec
+from test_gpu import BIG
+from test_hopper import SCRIPT, needs_hopper
+from test_kernels import compare_with_eager
+
+from flashfuse.codegen import hopper, hopper_backward, hopper_check, kernel_choice, launch
+from flashfuse.codegen.emit import module_text
+
+
+@pytest.mark.skipif(bool(hopper.missing()), reason="this Triton has another Gluon")
+def test_compiles_without_serialised_products(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    command = [sys.executable, str(SCRIPT), "bf16", "backward:64:causal", "backward:128:plain", "backward:128:causal"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [report["name"].rsplit("_", 2)[1:] for report in reports] == [["causal", "d64"], ["plain", "d128"], ["causal", "d128"]]
+    for report in reports:
+        assert report["shared"] <= 227 * 1024, report
+        assert report["spilled"] <= (0 if report["name"].endswith("d64") else 256), report
+        assert not report["advisories"], report
+
+
+def test_the_module_defines_no_name_twice_but_the_replaced_one() -> None:
+    names = Counter(re.findall(r"^def (\w+)", module_text(named_spec("causal"), True, True), re.MULTILINE))
+    assert [name for name, count in names.items() if count > 1] == ["random_bits"]  # of hopper_maths.py
+
+
+def a_call(**facts: object) -> launch.Call:
+    half = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
+    known = {"spec": named_spec("causal"), "query": half, "key": half, "value": half, "grad_out": half, "grad_stats": None}
+    return SimpleNamespace(**known | {"B": 1, "H": 8, "G": 8, "M": 2048, "N": 2048, "D": 64, "E": 64} | facts)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "unfit", lambda call: "")
+    monkeypatch.setattr(hopper, "missing", lambda: "reached")
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, "reached"),
+        ({"D": 80, "E": 96}, "reached"),
+        ({"E": 128}, "head dims"),
+        ({"D": 256, "E": 256}, "head dims"),
+        ({"grad_stats": torch.zeros(1)}, "logsumexp"),
+        ({"grad_out": torch.zeros(1, 8, 2048, 65, dtype=torch.bfloat16)[..., 1:]}, "aligned"),
+        ({"grad_out": torch.zeros(1, 8, 2048, 64)}, "aligned"),
+        ({"spec": named_spec("causal_low")}, "low"),
+        ({"spec": named_spec("dropout")}, "dropout"),
+        ({"spec": named_spec("window")}, "not timed"),
+        ({"spec": named_spec("documents")}, "not timed"),
+        ({"M": 128}, "few"),
+        ({"G": 2, "N": 2048}, "few"),
+    ],
+)
+@pytest.mark.usefixtures("fit")
+def test_what_it_takes(facts: dict[str, object], expected: str) -> None:
+    assert expected in hopper_backward.refusal(a_call(**facts), [])
+
+
+@pytest.mark.usefixtures("fit")
+def test_gradients_of_captures_and_determinism_are_left_to_the_portable_kernels() -> None:
+    assert "capture" in hopper_backward.refusal(a_call(), [0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "order of blocks" in hopper_backward.refusal(a_call(), [])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("fit")
+def test_options_for_portable_kernels_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "missing", lambda: "")
+    monkeypatch.setattr(hopper_backward, "distrust", lambda *facts: "")
+    spec = named_spec("causal")
+    assert hopper_backward.takes(a_call(), [])
+    kernel_choice.ask(spec.key, "portable")
+    try:
+        assert not hopper_backward.takes(a_call(), [])
+    finally:
+        kernel_choice.ask(spec.key, "auto")
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", sorted({*BIG, "bias_full", "float_mask", "negative_scale", "mask_after_softmax", "sinks_plain"}))
+def test_gradients_within_twice_the_error_of_eager(name: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == name)
+    shape = BIG.get(name, case.shape)
+    case = dataclasses.replace(case, shape=(*shape[:5], head_dim, head_dim), needs=())
+    refusals: list[str] = []
+    takes = hopper_backward.takes
+
+    def noted(call: launch.Call, wanted: list[int]) -> bool:
+        refusals.append(hopper_backward.refusal(call, wanted, eager=True))
+        return takes(call, wanted)
+
+    monkeypatch.setattr(hopper_backward, "takes", noted)
+    kernel_choice.ask(case.spec.key, "hopper")
+    try:
+        compare_with_eager(case, torch.bfloat16, "cuda")
+    finally:
+        kernel_choice.ask(case.spec.key, "auto")
+    if any(refusals):
+        pytest.skip(refusals[0])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_check_passes_here(head_dim: int) -> None:
+    assert hopper_check.backward_fault(torch.device("cuda", torch.cuda.current_device()), head_dim) == ""
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hopper_backward.launch
+
+    def wrong(
+        call: launch.Call, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, programs: int
+    ) -> None:
+        right(call, grad_query, grad_key, grad_value)
+        grad_key[1, 1, -1] = float("nan")
+
+    monkeypatch.setattr(hopper_backward, "launch", wrong)
+    assert "differ" in hopper_check.backward_fault(torch.device("cuda", torch.cuda.current_device()), 64)
