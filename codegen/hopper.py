@@ -96,7 +96,7 @@ def refusal(call: Call, *, eager: bool = False) -> str:
         return "its ranges of keys have gaps"
     kind = kind_of(call.spec)
     if not eager and kind and (kind, row) not in SERVED:
-        return f"{kind} was not timed as faster"
+        return f"with its {kind} it was not found faster"
     tile = tile_of(call)
     fill = -(-call.M // tile.block_m) * call.B * call.H / multiprocessors(call.query.device)
     if not eager and (call.N < _LEAST_KEYS or fill < _LEAST_FILL):

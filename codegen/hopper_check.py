@@ -68,8 +68,8 @@ def fault(device: torch.device, tile: HopperTile, dims: Dims, dropout: bool) -> 
 
     def run() -> list[Tensor]:
         call = Call(spec, query.to(device), key.to(device), value.to(device), [each.to(device) for each in seed], ())
-        out = torch.empty(2, 4, length, dims[1], dtype=query.dtype, device=device)
-        stats = torch.empty(1, 2, 4, length, device=device)
+        out = torch.full((2, 4, length, dims[1]), float("nan"), dtype=query.dtype, device=device)
+        stats = torch.full((1, 2, 4, length), float("nan"), device=device)
         hopper.launch(call, out, stats, tile, _PROGRAMS)
         return [out, stats]
 
@@ -90,7 +90,7 @@ def backward_fault(device: torch.device, head_dim: int) -> str:
     def run() -> list[Tensor]:
         call = Call(spec, query.to(device), key.to(device), value.to(device), (), ())
         call.out, call.grad_out, call.stats = out.to(call.query), grad_out.to(device), stats.float().to(device)
-        grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (call.query, call.key, call.value))
+        grad_query, grad_key, grad_value = (torch.full_like(tensor, float("nan")) for tensor in (call.query, call.key, call.value))
         hopper_backward.launch(call, grad_query, grad_key, grad_value)
         return [grad_query, grad_key, grad_value]
 

@@ -73,6 +73,15 @@ def tiles_of(spec: AttentionSpec, dims: Dims) -> tuple[HopperTile, ...]:
     return row_of(spec, dims)[1]
 
 
+def serving() -> list[tuple[HopperTile, Dims, bool]]:
+    """What serves without being asked for: tiles, head dims, and whether with dropout."""
+    usual = [(tile, dims, False) for dims, tiles in TILES.items() for tile in tiles]
+    of_a_kind = [
+        (tile, dims, kind == "dropout") for kind, dims in sorted(SERVED) for tile in SMALL_TILES.get(dims, TILES.get(dims, ()))
+    ]
+    return list(dict.fromkeys(usual + of_a_kind))
+
+
 def kind_of(spec: AttentionSpec) -> str:
     """What sets a spec apart: "dropout", or that queries see few keys near themselves, "documents" and "window"; else nothing.
 

@@ -90,8 +90,8 @@ def _hopper() -> Finding:
     from flashfuse.codegen import hopper, hopper_tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    tiles = [] if hopper.missing() else [(tile, dims) for dims, known in hopper_tiles.TILES.items() for tile in known]
-    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, tile, dims) for tile, dims in tiles} - {""}))
+    serving = [] if hopper.missing() else hopper_tiles.serving()
+    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, *facts) for facts in serving} - {""}))
     if not fault:
         return Finding(name, "ok", "they pass their check")
     return Finding(name, "less", fault, "the portable kernels serve; `python -m flashfuse cache clear` has them checked again")

@@ -19,7 +19,7 @@ from cases import CASES
 from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
-from flashfuse.codegen import hopper, hopper_check, kernel_choice, launch, load, ptxas
+from flashfuse.codegen import hopper, hopper_check, hopper_tiles, kernel_choice, launch, load, ptxas
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
@@ -71,6 +71,10 @@ def a_call(**facts: object) -> launch.Call:
     return SimpleNamespace(**facts)  # type: ignore[return-value]
 
 
+class ShownAsCuda(torch.Tensor):
+    is_cuda = True
+
+
 def test_sections_divide_the_heads_and_fit_the_cache() -> None:
     key = torch.zeros(1, dtype=torch.bfloat16)
     for heads in (1, 7, 12, 32, 128):
@@ -92,6 +96,34 @@ def test_kinds_of_specs_have_tiles_of_their_own() -> None:
     assert row_of(specs["causal"], (64, 64)) == ((64, 64), TILES[(64, 64)])
     assert row_of(specs["window"], (192, 128)) == ((192, 128), TILES[(192, 128)])  # no row of its own
     assert row_of(specs["window"], (320, 64)) == ((320, 64), ())
+
+
+def test_kinds_serve_where_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = {case.name: case.spec for case in CASES}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "missing", lambda: "reached")
+    query = torch.zeros(1, 2, 512, 64, dtype=torch.bfloat16).as_subclass(ShownAsCuda)
+    tensors = dict.fromkeys(("query", "key", "value"), query)
+    facts = {**tensors, "padded": (64, 64), "D": 64, "E": 64, "B": 1, "H": 2, "M": 512, "N": 512}
+    window, documents = (a_call(spec=specs[name], **facts) for name in ("window", "documents"))
+    monkeypatch.setattr(hopper, "SERVED", frozenset())
+    assert hopper.refusal(window) == "with its window it was not found faster"
+    assert hopper.refusal(window, eager=True) == "reached"
+    monkeypatch.setattr(hopper, "SERVED", frozenset({("window", (64, 64))}))
+    assert hopper.refusal(window) == "reached"
+    assert hopper.refusal(documents) == "with its documents it was not found faster"
+    assert hopper.refusal(a_call(spec=specs["padding"], **facts)) == "reached"
+    assert hopper.refusal(a_call(spec=specs["sinks_window"], **facts)) == "its ranges of keys have gaps"
+
+
+def test_what_serves_is_what_doctor_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_tiles, "SERVED", frozenset({("window", (64, 64)), ("dropout", (192, 128))}))
+    found = hopper_tiles.serving()
+    assert {(tile, dims) for tile, dims, dropout in found if not dropout} >= {
+        (tile, dims) for dims, tiles in TILES.items() for tile in tiles
+    } | {(tile, (64, 64)) for tile in SMALL_TILES[(64, 64)]}
+    assert [facts[:2] for facts in found if facts[2]] == [(tile, (192, 128)) for tile in TILES[(192, 128)]]
 
 
 def test_head_dims_are_sums_of_powers_of_two() -> None:
@@ -138,10 +170,6 @@ def test_the_checked_specs_are_sound(dropout: bool) -> None:
     spec.verify()
     assert kind_of(spec) == ("dropout" if dropout else "window")
     assert draws(spec) == dropout
-
-
-class ShownAsCuda(torch.Tensor):
-    is_cuda = True
 
 
 def test_programs_that_take_long_to_compile_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
