@@ -90,9 +90,9 @@ def backward_fault(device: torch.device, head_dim: int) -> str:
     def run() -> list[Tensor]:
         call = Call(spec, query.to(device), key.to(device), value.to(device), (), ())
         call.out, call.grad_out, call.stats = out.to(call.query), grad_out.to(device), stats.float().to(device)
-        grad_query, grad_key, grad_value = (torch.full_like(tensor, float("nan")) for tensor in (call.query, call.key, call.value))
-        hopper_backward.launch(call, grad_query, grad_key, grad_value)
-        return [grad_query, grad_key, grad_value]
+        grads = [torch.full_like(tensor, float("nan")) for tensor in (call.query, call.key, call.value)]
+        hopper_backward.launch(call, *grads)
+        return grads
 
     return _compared(device, run, wanted)
 
