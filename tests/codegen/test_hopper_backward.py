@@ -145,9 +145,7 @@ def test_the_check_passes_here(head_dim: int) -> None:
 def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = hopper_backward.launch
 
-    def wrong(
-        call: launch.Call, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, programs: int
-    ) -> None:
+    def wrong(call: launch.Call, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
         right(call, grad_query, grad_key, grad_value)
         grad_key[1, 1, -1] = float("nan")
 
