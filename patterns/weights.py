@@ -6,6 +6,7 @@ Random numbers are drawn anew: a seed takes the place of dropout's own, so nobod
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
@@ -95,7 +96,9 @@ def check_dropout_is_private(lifter: Lifter, frame: Frame) -> None:
 def rows_with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     """What empty rows give if probabilities are replaced by zero and not multiplied by it, which differs for NaN.
 
-    A row of NaN all of whose keys are replaced is zero. Refuses (FF401) where it cannot be told whether all are.
+    A row of NaN all of whose keys are replaced is zero. Where the choices replace just the keys that the mask gave a finite
+    score there is no such row: with a replaced key it has a finite score, without one no choice changes it. Refuses (FF401)
+    where neither is certain.
     """
     choices = () if spec.weight is None else zero_choices(spec.weight)
     if not choices or spec.empty_rows is not EmptyRows.EXACT or not may_be_nan(spec):
@@ -105,11 +108,23 @@ def rows_with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     values = builder.include(spec.weight)  # type: ignore[arg-type]
     kept = {c: values[c] if wanted else builder.op("not", values[c]) for c, wanted in choices}
     dropped = {c: not wanted for c, wanted in choices if keep is not None and kept[c].number == keep.number}
+    if len(dropped) == len(choices) and _fills_what_it_drops(builder, spec, keep):
+        return spec.empty_rows
     reads_data = any(statement.op == "load" and statement.kind is Kind.FLOAT for statement in spec.split.kept.statements)
     if reads_data or not vanishes(spec.weight, dropped):  # type: ignore[arg-type]
         found = "rows without keys are NaN, and it is not certain that a choice after the softmax makes the whole row zero"
         raise Refused("FF401", frame.path[-1], found)
     return EmptyRows.ZERO
+
+
+def _fills_what_it_drops(builder: Builder, spec: AttentionSpec, keep: Value | None) -> bool:
+    """Whether the last thing that happens to a score is that every element outside `keep` gets one finite number."""
+    result = builder.include(spec.score)[spec.score.result]
+    if keep is None or result.statement.op != "where":
+        return False
+    condition, first, second = result.operands
+    kept, fill = (condition, second) if second.constant is not None else (builder.op("not", condition), first)
+    return kept.number == keep.number and fill.constant is not None and math.isfinite(fill.constant)
 
 
 def may_be_nan(spec: AttentionSpec) -> bool:

@@ -256,3 +256,27 @@ def test_no_import_is_needed_and_inductor_compiles_the_rest():
     for mine, theirs in zip(ours, [eager.detach(), q.grad, k.grad, v.grad], strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     assert counts() == (1, 0)
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"], ids=["in torch", "in Triton's interpreter"])
+def test_a_bias_of_infinity_before_a_finite_mask_and_zero_after(kernels: str, monkeypatch: pytest.MonkeyPatch):
+    """NaN where eager code has it: in a row of -inf that loses no key, and not in one that loses some."""
+    if torch.cuda.is_available():
+        pytest.skip("triton was imported for the device")
+    monkeypatch.setenv("FLASHFUSE_INTERPRET", kernels)
+    (entry,) = (entry for entry in SPELLINGS if entry.name == "a_bias_a_finite_mask_and_zero_after")
+    q, k, v, bias, _keep = entry.inputs()
+    keep = torch.arange(k.shape[2]) < torch.tensor([[k.shape[2]], [k.shape[2] - 3]])
+    bias[:, :, 3] = float("-inf")
+
+    def outputs(call: Callable) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = call(*leaves, bias, keep)
+        return [out, *torch.autograd.grad(out[:, :, 2:].square().sum(), leaves)]
+
+    ours, eager = outputs(torch.compile(entry.function, backend="flashfuse", options=INNER)), outputs(entry.function)
+    assert counts() == (1, 0)
+    assert eager[0][0, :, 3].isnan().all()
+    assert (eager[0][1, :, 3] == 0).all()
+    for mine, theirs in zip(ours, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -110,6 +110,42 @@ def a_finite_mask_before_and_zero_after(q, k, v, keep):
     return p.masked_fill(drop, 0.0) @ v
 
 
+def _bias() -> torch.Tensor:
+    return torch.randn(1, H, S, S)
+
+
+@spelling(
+    inputs=lambda: (*qkv(), _bias(), _empty()), score="(s * 0.25) + c1[0, h, m, n]", keeps="c0[b, n]", rows="exact",
+    gradients=(0, 1, 2, 3), weight="(0 if (not c0[b, n]) else p)",
+)  # fmt: skip
+def a_bias_a_finite_mask_and_zero_after(q, k, v, bias, keep):
+    """FastSpeech 2's Conformer. A bias of -inf for a whole row changes nothing: the mask gave its dropped keys a number."""
+    drop = ~keep[:, None, None, :]
+    p = (q @ k.mT * 0.25 + bias).masked_fill(drop, torch.finfo(torch.float32).min).softmax(-1)
+    return p.masked_fill(drop, 0.0) @ v
+
+
+@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+def a_bias_after_a_finite_mask_and_zero_after(q, k, v, bias, keep):
+    drop = ~keep[:, None, None, :]
+    p = ((q @ k.mT * 0.25).masked_fill(drop, torch.finfo(torch.float32).min) + bias).softmax(-1)
+    return p.masked_fill(drop, 0.0) @ v
+
+
+@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+def a_bias_a_finite_mask_and_another_zero_after(q, k, v, bias, keep):
+    drop = ~keep[:, None, None, :]
+    p = (q @ k.mT * 0.25 + bias).masked_fill(drop, torch.finfo(torch.float32).min).softmax(-1)
+    return p.masked_fill(drop.flip(-1), 0.0) @ v
+
+
+@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+def a_bias_a_mask_of_infinity_and_zero_after(q, k, v, bias, keep):
+    """CPM-Ant: a bias of -inf for a whole row of kept keys would be NaN, and a row without kept keys zero."""
+    drop = ~keep[:, None, None, :]
+    return (q @ k.mT * 0.25 + bias).masked_fill(drop, float("-inf")).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
 # ------------------------------------------------------------------------------------------------ factors
 
 
