@@ -35,7 +35,7 @@ def module_text(spec: AttentionSpec, fast_tanh: bool = False, hopper: bool = Fal
     if fast_tanh and spec.score.uses("tanh"):
         parts.append("tanh = tanh_approximate  # query and key have 16 bits")
     parts.append("# " + "-" * 98 + " generated from the score program")
-    parts.append(splice_text(spec).strip("\n"))
+    parts.append(splice_text(spec, apart=hopper).strip("\n"))
     parts.append("# " + "-" * 98 + " the kernel files")
     parts += [_kernel_text(name) for name in (_HOPPER if hopper else _AFTER)]
     return "\n\n\n".join(parts) + "\n"

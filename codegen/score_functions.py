@@ -66,9 +66,12 @@ def folded_scale(program: ScoreProgram) -> float | None:
     return scale if statement.op == "score" and 1e-20 < scale < 1e20 else None
 
 
-def splice_text(spec: AttentionSpec) -> str:
-    """All generated constants and functions of a spec, in the order of `plain_score.py`."""
-    return "\n\n\n".join(_Writer(spec).parts()) + "\n"
+def splice_text(spec: AttentionSpec, *, apart: bool = False) -> str:
+    """All generated constants and functions of a spec, in the order of `plain_score.py`.
+
+    `apart`: in masks, distances are compared apart (see `separate.py`).
+    """
+    return "\n\n\n".join(_Writer(spec, apart).parts()) + "\n"
 
 
 def kernel_labels(spec: AttentionSpec) -> tuple[str, ...]:
@@ -82,8 +85,9 @@ def kernel_labels(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 class _Writer:
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, apart: bool = False) -> None:
         self.spec = spec
+        self.apart = apart
         self.layout = InputLayout.of(spec.captures)
         self.gradients = CaptureGradients.of(spec)
         # without a mask, rows may lie so low that scores must not be scaled before their maximum is taken off
@@ -136,7 +140,7 @@ class _Writer:
         if split.keep is None:
             keep = function_text("keep", _AT, [], "inside_m & inside_n", purpose)
         else:
-            keep = self.function("keep", _AT, separated(split.keep), purpose)
+            keep = self.function("keep", _AT, separated(split.keep) if self.apart else split.keep, purpose)
         return [score, kept, keep]
 
     def raw_gradients(self) -> list[str]:
