@@ -16,7 +16,8 @@ from flashfuse.ir.derivative import index_letters
 if TYPE_CHECKING:
     from flashfuse.codegen.launch import Call
 
-_MOST_ROWS = 16  # a tile of the matrix instruction: up to here packed queries cost nothing
+_FREE_ROWS = 16  # a tile of the matrix instruction: up to here packed queries cost nothing
+_MOST_ROWS = 128  # beyond that they still cost less than reading the keys more than once
 _MOST_SPLITS = 128
 _KEYS = 128  # fewer are not worth a program
 _WAVES = 2  # programs that share a multiprocessor
@@ -32,7 +33,7 @@ class Split:
 
 def split_of(call: Call) -> Split | None:
     """How to spread a call over the device that has fewer blocks of queries than multiprocessors; None if it need not be."""
-    if call.spec.weight is not None or call.M > _MOST_ROWS or call.N < 2 * _KEYS:
+    if call.spec.weight is not None or call.M > _FREE_ROWS or call.N < 2 * _KEYS:
         return None
     group = call.H // call.G
     keep = call.spec.split.keep

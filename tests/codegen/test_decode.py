@@ -45,7 +45,7 @@ def test_within_twice_the_error_of_eager_on_a_gpu(case: Case, dtype: torch.dtype
 @interpreted
 def test_heads_of_a_group_share_a_program_unless_their_ranges_differ() -> None:
     by_name = {case.name: case for case in [*CASES, *DECODE_CASES]}
-    for name, pack in {"decode": 4, "decode_causal": 4, "decode_heads": 1, "decode_full": 16}.items():
+    for name, pack in {"decode": 4, "decode_causal": 4, "decode_heads": 1, "decode_full": 16, "decode_prime": 17}.items():
         found = split_of(by_name[name])
         assert found is not None
         assert found.pack == pack
