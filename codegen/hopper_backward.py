@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashfuse")
 
+HEAD_DIMS = (64, 128)  # as the kernel pads them
 BLOCK_M, BLOCK_N = 64, 128
 STAGES = 2  # of queries and of output gradients
 SUMMED = 64  # columns of the query's gradient that a consumer sums
@@ -69,8 +70,8 @@ def refusal(call: Call, wanted: list[int], *, eager: bool = False) -> str:
 
 
 def padded(call: Call) -> int:
-    """The kernel's head dim for a call, 64 or 128; 0 where it has none."""
-    dims = {64 if dim <= 64 else 128 if dim <= 128 else 0 for dim in (call.D, call.E)}
+    """The kernel's head dim for a call; 0 where it has none."""
+    dims = {next((head_dim for head_dim in HEAD_DIMS if dim <= head_dim), 0) for dim in (call.D, call.E)}
     return dims.pop() if len(dims) == 1 else 0
 
 

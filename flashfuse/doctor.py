@@ -87,11 +87,14 @@ def _hopper() -> Finding:
     name = "Hopper kernels"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return Finding(name, "ok", "not for this device: they need compute capability 9.0")
-    from flashfuse.codegen import hopper, hopper_tiles
+    from flashfuse.codegen import hopper, hopper_backward, hopper_tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    serving = [] if hopper.missing() else hopper_tiles.serving()
-    fault = hopper.missing() or "; ".join(sorted({hopper.distrust(device, *facts) for facts in serving} - {""}))
+    fault = hopper.missing()
+    if not fault:
+        found = {hopper.distrust(device, *facts) for facts in hopper_tiles.serving()}
+        found |= {hopper_backward.distrust(device, head_dim) for head_dim in hopper_backward.HEAD_DIMS}
+        fault = "; ".join(sorted(found - {""}))
     if not fault:
         return Finding(name, "ok", "they pass their check")
     return Finding(name, "less", fault, "the portable kernels serve; `python -m flashfuse cache clear` has them checked again")

@@ -59,7 +59,7 @@ def _scores() -> list[Case]:
     for name, shape, layout in (
         ("decode", (2, 8, 2, 1, N, 16, 16), "contiguous"), ("decode_odd", (1, 6, 2, 3, 289, 40, 24), "bmhe"),
         ("decode_full", (1, 16, 1, 1, 256, 16, 16), "contiguous"), ("decode_sixteen", (1, 2, 2, 16, N, 16, 16), "contiguous"),
-        ("decode_prime", (2, 17, 1, 1, N, 16, 16), "contiguous"),
+        ("decode_prime", (1, 17, 1, 1, 256, 16, 16), "contiguous"),
     ):  # fmt: skip
         p = Program()
         cases.append(Case(name, p.spec(p.s * 0.25, IMPOSSIBLE), lambda s, c, z, i: s * 0.25, shape=shape, layout=layout))

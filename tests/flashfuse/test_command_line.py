@@ -96,16 +96,19 @@ def test_doctor_in_a_fresh_process():
     assert states["trial"] == "ok", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kernel", ["hopper", "hopper_backward"])
 @pytest.mark.parametrize(("fault", "state"), [("", "ok"), ("results differ by 3", "less")])
-def test_doctor_tells_of_the_hopper_kernels(fault: str, state: str, monkeypatch: pytest.MonkeyPatch):
+def test_doctor_tells_of_the_hopper_kernels(fault: str, state: str, kernel: str, monkeypatch: pytest.MonkeyPatch):
     from flashfuse import doctor
-    from flashfuse.codegen import hopper
+    from flashfuse.codegen import hopper, hopper_backward
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(hopper, "missing", lambda: "")
-    monkeypatch.setattr(hopper, "distrust", lambda *_facts: fault)
+    for each in (hopper, hopper_backward):
+        found = fault if each.__name__.endswith(f".{kernel}") else ""
+        monkeypatch.setattr(each, "distrust", lambda *_facts, found=found: found)
     finding = doctor._hopper()
     assert finding.state == state
     assert fault in finding.found
