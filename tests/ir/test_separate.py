@@ -1,4 +1,4 @@
-"""Distances compared apart: the same predicate, without a difference of a query and a key."""
+"""Distances compared apart, or both ends of a window of one difference: the same predicate, at less cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ FORMS: dict[str, Callable[[Value, Value], Value]] = {
     "m + n < 9": lambda m, n: m + n < 9,
     "9 - m < n + 0": lambda m, n: n.apply("lt", 9 - m, n),
     "-m - n >= -9": lambda m, n: -m - n >= -9,
-    "window by not": lambda m, n: m.apply("not", (m - n < 0) | (m - n >= 4)),
+}
+WINDOWS: dict[str, Callable[[Value, Value], Value]] = {
+    "two distances": lambda m, n: m.apply("not", (m - n < 0) | (m - n >= 4)),
+    "one distance": lambda m, n: (n <= m) & (m - n < 4),
+    "no distance": lambda m, n: (n <= m) & (n > m - 4),
+    "both sides": lambda m, n: (m - n < 4) & (n - m < 4),
+    "and another form": lambda m, n: (n <= m) & (m - n < 4) & (m + n < 15),
 }
 
 
@@ -48,6 +54,14 @@ def test_the_same_predicate_without_a_difference(name: str) -> None:
     apart = separated(keep)
     assert torch.equal(evaluate(apart), evaluate(keep))
     assert joins(apart) == 0
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_is_of_one_difference(name: str) -> None:
+    keep = program(WINDOWS[name])
+    together = separated(keep)
+    assert torch.equal(evaluate(together), evaluate(keep))
+    assert joins(together) == 1
 
 
 @pytest.mark.parametrize(("name", "form"), [
