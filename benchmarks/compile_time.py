@@ -6,7 +6,7 @@ flashfuse's backend, from captured to rewritten graphs (Dynamo captures a model 
 `emit_seconds` what a GPU adds: planning, writing and importing the kernels of every distinct attention. `total_seconds` is the
 first call less the second: Dynamo, flashfuse, AOTAutograd and Inductor. `share` is the first two over the total.
 
-    python benchmarks/compile_time.py [--models llama,bert] [--layers 24] [--out compile_time]
+    python benchmarks/compile_time.py [--models llama,bert] [--ways infer-static] [--layers 24] [--out compile_time]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from measure import ResultFile, chosen
 
 MODELS = ("llama", "bert")
+WAYS = ("infer-static", "infer-dynamic", "train-static")
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 1000}
 BATCH, LENGTH, PADDED = 2, 128, 28
 
@@ -114,14 +115,15 @@ def emit(specs: list[Any]) -> float:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """All that was asked for: both directions with static shapes, inference with dynamic ones."""
-    ways = (("infer", "static"), ("infer", "dynamic"), ("train", "static"))
+    """All that was asked for."""
+    ways = [way.split("-") for way in chosen(options.ways, WAYS)]
     return [Case(model, options.layers, *way) for model in chosen(options.models, MODELS) for way in ways]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--case", default="", help="one case as JSON, measured in this process and printed")
     parser.add_argument("--out", default="compile_time", help="added to benchmarks/results/OUT.json")

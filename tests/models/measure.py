@@ -30,6 +30,7 @@ from flashfuse.options import parse
 from flashfuse.records import GraphRecord, SiteRecord
 
 ULPS = 4  # the floor of a tensor's error, in units in the last place of its largest element
+SHAKEN = 8  # copies that tell a model's conditioning: of LeViT in bfloat16 one in eight strays 49 times as far as eager code
 NOT_ATTENTION, ALREADY_ONE_KERNEL = "FF101", "FF102"
 
 
@@ -225,7 +226,7 @@ def errors(model: nn.Module, inputs: dict[str, Any], mode: Mode, ours: Named, ea
     ratio, worst = compare(ours, eager, exact, mode.dtype, ulps=ulps)
     if ratio <= 2:
         return {"check": check, "ratio": ratio, "worst": worst}
-    others = [run(_shaken(model, seed), inputs, mode) for seed in range(4)]
+    others = [run(_shaken(model, seed), inputs, mode) for seed in range(SHAKEN)]
     bounded, name = compare(ours, eager, exact, mode.dtype, others=others, ulps=ulps)
     check = "conditioning" if check == "float64" else check
     return {"check": check, "ratio": ratio, "worst": worst, "bounded": bounded, "bounded_worst": name}
