@@ -388,7 +388,7 @@ def _between(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> frozenset
         if node in forward or node not in seen or not (node is product or node.target in ROWS or is_selection(node)):
             continue
         forward.add(node)
-        stack.extend(node.users)
+        stack.extend(user for user in node.users if not reads_only_metadata(user, node))
     return frozenset(forward - {product})
 
 
@@ -410,7 +410,7 @@ def _index_at(
         seen[node] = own
         row = ROWS.get(node.target)
         for argument in [shifts[node]] if node in shifts else node.all_input_nodes:
-            if argument is not product and argument not in carriers:
+            if (argument is not product and argument not in carriers) or reads_only_metadata(node, argument):
                 continue
             if is_selection(node) or (row is not None and row.index is not None):
                 stack.append((argument, operand_index(node, own)))

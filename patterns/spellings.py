@@ -317,9 +317,9 @@ def _arange(lifter: Lifter, call: Call, index: Index) -> Value:
     return lifter.as_kind(scaled + lifter.size(start), lifter.kind(call.node))
 
 
-def _filled(value: Any) -> Lift:
+def _filled(value: Any, name: str = "fill_value") -> Lift:
     def lift(lifter: Lifter, call: Call, index: Index) -> Value:
-        fill = call["fill_value"] if value is None else value
+        fill = call[name] if value is None else value
         kind = lifter.kind(call.node)
         return lifter.cast(lifter.as_kind(lifter.operand(fill, index), kind), value_of(call.node).dtype)
 
@@ -507,6 +507,7 @@ _MADE = (
     *(Row(t, ("size", "dtype"), lift=_filled(v)) for t, v in ((aten.zeros.default, 0), (aten.ones.default, 1))),
     *(Row(t, (*_SELF, "size", "dtype"), lift=_filled(v)) for t, v in ((aten.new_zeros.default, 0), (aten.new_ones.default, 1))),
     *(Row(t, (*_SELF, "dtype"), lift=_filled(v)) for t, v in ((aten.zeros_like.default, 0), (aten.ones_like.default, 1))),
+    *(Row(t, (*_SELF, "value"), lift=_filled(None, "value")) for t in (aten.fill.Scalar, aten.fill.Tensor)),
     Row(aten.scalar_tensor.default, ("s", "dtype"), lift=_scalar_tensor),
     Row(aten.tril.default, (*_SELF, "diagonal"), lift=_triangle(lower=True), makes_mask=True, weighs=True),
     Row(aten.triu.default, (*_SELF, "diagonal"), lift=_triangle(lower=False), makes_mask=True, weighs=True),

@@ -38,6 +38,14 @@ def difference_of_neighbouring_heads(q, k, v, factor):
     return (w[:, :, 0] - (factor.exp() + 0.2) * w[:, :, 1]) @ v
 
 
+@spelling(inputs=_pairs, gradients=(0, 1, 2, 3), sites=2, keeps="not ((n - m) >= 1)")
+def difference_under_a_mask_in_the_dtype_of_the_scores(q, k, v, factor):
+    scores = q @ k.mT * 0.25
+    later = torch.zeros(S, S, dtype=torch.float64).fill_(float("-inf")).type_as(scores).triu(1)
+    w = (scores + later).softmax(-1).view(-1, H, 2, S, S)
+    return (w[:, :, 0] - factor * w[:, :, 1]) @ v
+
+
 @spelling(inputs=lambda: _pairs(H, 1, 1), gradients=(0, 1, 2, 3), sites=2)
 def difference_of_parts_with_a_number_a_head(q, k, v, factor):
     first, second = (q @ k.mT * 0.25).view(-1, H, 2, S, S).unbind(2)
@@ -52,6 +60,14 @@ def sum_of_three_softmaxes(q, k, v, factor):
 
 
 # ------------------------------------------------------------------------------------------------ near misses
+
+
+@near_miss("FF204", "difference_under_a_mask_in_the_dtype_of_the_scores", inputs=_pairs, sites=2)
+def difference_under_a_mask_of_the_first_scores(q, k, v, factor):
+    scores = q @ k.mT * 0.25
+    later = torch.zeros(S, S, dtype=torch.float64).fill_(float("-inf")).triu(1).type_as(scores) + scores[0, 0]
+    w = (scores + later).softmax(-1).view(-1, H, 2, S, S)
+    return (w[:, :, 0] - factor * w[:, :, 1]) @ v
 
 
 @near_miss("FF401", "difference_of_two_softmaxes", inputs=_pairs, sites=2)
