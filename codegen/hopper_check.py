@@ -34,7 +34,8 @@ def window_spec(dropout: bool) -> AttentionSpec:
     if not dropout:
         return AttentionSpec(kept, (), EmptyRows.IMPOSSIBLE)
     bits = builder.op("random_bits", builder.leaf("load", 0, Kind.INT, ()), b, h, m, n)
-    weight = builder.leaf("probability") * score.apply("where", bits < 2 ** (philox.BITS - 2), 0.0, 4 / 3)
+    threshold, factor = philox.dropping(0.25)
+    weight = builder.leaf("probability") * score.apply("where", bits < threshold, 0.0, factor)
     return AttentionSpec(kept, (Capture("seed", Kind.INT, 0),), EmptyRows.IMPOSSIBLE, weight=builder.program(weight))
 
 

@@ -48,9 +48,7 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
     return None if value.number == plain.number else value
 
 
-def with_dropout(
-    lifter: Lifter, path: tuple[fx.Node, ...], node: fx.Node, value: Value, rate: Any, index: Index
-) -> Value:
+def with_dropout(lifter: Lifter, path: tuple[fx.Node, ...], node: fx.Node, value: Value, rate: Any, index: Index) -> Value:
     """`value`, a probability at `index`, after dropout at `node` on their `path`. Refuses FF401, FF402 where that is not so."""
     if not isinstance(rate, (int, float)):
         raise Refused("FF402", node, f"dropout with p={rate!r}")
@@ -68,7 +66,8 @@ def with_dropout(
     builder = lifter.builder
     seed = builder.leaf("load", lifter.captures.index(captured), Kind.INT)
     bits = builder.op("random_bits", seed, *(builder.leaf("index", letter) for letter in "bhmn"))
-    return value * builder.op("where", bits < round(rate * 2**philox.BITS), 0.0, 1.0 / (1.0 - rate))
+    threshold, factor = philox.dropping(rate)
+    return value * builder.op("where", bits < threshold, 0.0, factor)
 
 
 def weight_program(value: Value | None) -> ScoreProgram | None:

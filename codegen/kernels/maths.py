@@ -1,4 +1,3 @@
-# ruff: noqa: SIM108 -- a branch on a constexpr must be a statement of its own
 """What generated score functions call beyond operators: each with the meaning of the torch function of its row."""
 
 import triton
@@ -67,29 +66,67 @@ def to_int(a):
 
 
 @triton.jit
-def counters(index):
-    """For the positions of a tile's side, consecutive from a multiple of 16 on: those without bit 3, counted without it."""
+def philox(seed, c0, c1, c2, c3):
+    """The four words of Philox 4x32-7 of each counter, as uint32: see flashfuse/ir/philox.py.
+
+    Upper and lower half come of one 64-bit product: one instruction, where `tl.philox` takes two.
+    """
+    seed = tl.cast(seed, tl.uint64)
+    k0 = tl.cast(seed, tl.uint32)
+    k1 = tl.cast(seed >> 32, tl.uint32)
+    c0 = tl.cast(c0, tl.uint32)
+    c1 = tl.cast(c1, tl.uint32)
+    c2 = tl.cast(c2, tl.uint32)
+    c3 = tl.cast(c3, tl.uint32)
+    for _ in tl.static_range(7):
+        first = tl.cast(c0, tl.uint64) * 0xD2511F53
+        second = tl.cast(c2, tl.uint64) * 0xCD9E8D57
+        c0 = tl.cast(second >> 32, tl.uint32) ^ c1 ^ k0
+        c1 = tl.cast(second, tl.uint32)
+        c2 = tl.cast(first >> 32, tl.uint32) ^ c3 ^ k1
+        c3 = tl.cast(first, tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def half_of(index):
+    """For the positions of a tile's side, consecutive from a multiple of 16 on: those without bit 3."""
     SIZE: tl.constexpr = index.shape[0] * index.shape[1]
     low, _high = tl.split(tl.permute(tl.reshape(index, [SIZE // 16, 2, 8]), (0, 2, 1)))
-    low = tl.reshape(low, [SIZE // 2, 1] if index.shape[1] == 1 else [1, SIZE // 2])
-    return (low >> 4 << 3) | (low & 7)
+    return tl.reshape(low, [SIZE // 2, 1] if index.shape[1] == 1 else [1, SIZE // 2])
 
 
 @triton.jit
 def random_bits(seed, b, h, m, n):
-    """30 bits of Philox for each element of a tile, by its global position (see flashfuse/ir/philox.py).
+    """16 bits of Philox for each element of a tile, by its global position (see flashfuse/ir/philox.py).
 
-    The four words of a counter go to elements that one thread holds in a tensor core's tile, transposed or not.
+    Halves of a counter's words go to elements that one thread holds in a tensor core's tile, so that nothing moves between
+    threads. In a tile of queries and keys those are all eight; in its transpose bit 0 of n tells two threads apart, each of
+    which takes half of the same words. All words pass through one tensor on their way: of two that share what they are made
+    of, the compiler would send each through shared memory instead of laying out all as the tile.
     """
-    w0, w1, w2, w3 = tl.philox(seed, counters(n), counters(m), tl.cast(b, tl.int32), tl.cast(h, tl.int32))
+    rows = half_of(m)
+    row = (rows >> 4 << 3) | (rows & 7)
+    columns = half_of(n)
     if n.shape[0] == 1:
-        words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # the last two dimensions are bit 3 of columns and of rows
-    else:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        SIZE: tl.constexpr = n.shape[1]
+        columns, _odd = tl.split(tl.reshape(columns, [1, SIZE // 4, 2]))
+    w0, w1, w2, w3 = philox(seed, (columns >> 4 << 2) | (columns >> 1 & 3), b, row, h)
     ROWS: tl.constexpr = w0.shape[0]
     COLUMNS: tl.constexpr = w0.shape[1]
-    words = tl.permute(tl.reshape(words, [ROWS // 8, 8, COLUMNS // 8, 8, 2, 2]), (0, 5, 1, 2, 4, 3))
-    return tl.cast(tl.reshape(words, [2 * ROWS, 2 * COLUMNS]) >> 2, tl.int32)
+    if n.shape[0] == 1:
+        pairs = tl.join(tl.cast(w1, tl.uint64) << 32 | w0, tl.cast(w3, tl.uint64) << 32 | w2)  # bit 0 of the columns
+        words = tl.join(tl.cast(pairs, tl.uint32), tl.cast(pairs >> 32, tl.uint32))  # bit 3 of the columns
+        halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS // 8, 8, COLUMNS // 4, 4, 2, 2, 2])  # bit 3 of the rows
+        bits = tl.reshape(tl.permute(halves, (0, 6, 1, 2, 5, 3, 4)), [2 * ROWS, 4 * COLUMNS])
+    else:
+        odd = (columns & 1) != 0
+        words = tl.join(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
+        halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS // 8, 8, COLUMNS // 8, 8, 2, 2])
+        bits = tl.reshape(tl.permute(halves, (0, 4, 1, 2, 5, 3)), [2 * ROWS, 2 * COLUMNS])
+    return tl.cast(bits, tl.int32)
 
 
 @triton.jit

@@ -372,7 +372,8 @@ def _scores() -> list[Case]:
 def dropped(p: Tensor, seed: Tensor, rate: float, indices: tuple[Tensor, ...]) -> Tensor:
     """Dropout by the mask of a seed, each element by itself."""
     bits = philox.random_bits(seed.cpu(), *torch.broadcast_tensors(*(index.cpu() for index in indices)))
-    return p * torch.where(bits < rate * 2**philox.BITS, 0.0, 1 / (1 - rate)).to(p)
+    threshold, factor = philox.dropping(rate)
+    return p * torch.where(bits < threshold, 0.0, factor).to(p)
 
 
 def _seed(generator: torch.Generator) -> list[Tensor]:

@@ -184,7 +184,8 @@ def machine_code(compiled: Any) -> str:
 
 
 def _main_loop(machine_code: str) -> dict[str, object]:
-    """Instructions between the ends of the innermost loop with the most matrix instructions, and what those are called."""
+    """Instructions between the ends of the innermost loop with the most matrix instructions, what those are called, and how
+    many instructions store to shared memory."""
     place: dict[str, int] = {}
     operations: list[str] = []
     jumps: list[tuple[int, int]] = []
@@ -204,7 +205,8 @@ def _main_loop(machine_code: str) -> dict[str, object]:
     most = max(matrix, default=0)
     inner = min((loop for loop, count in zip(loops, matrix, strict=True) if count == most), key=len, default=[])
     name = "HGMMA" if "HGMMA" in inner else "HMMA" if "HMMA" in inner else "none"
-    return {"loop": len(inner), "matrix": most, "matrix_name": name}
+    stores = sum(operation in ("STS", "STSM") for operation in inner)
+    return {"loop": len(inner), "matrix": most, "matrix_name": name, "stores": stores}
 
 
 def main() -> None:

@@ -52,7 +52,8 @@ class Program:
     def dropped(self, x: Value, p: float) -> Value:
         """`x` after dropout by a new captured seed."""
         bits = self.builder.op("random_bits", self.capture("seed", Kind.INT), self.b, self.h, self.m, self.n)
-        return x * x.apply("where", bits < round(p * 2**philox.BITS), 0.0, 1 / (1 - p))
+        threshold, factor = philox.dropping(p)
+        return x * x.apply("where", bits < threshold, 0.0, factor)
 
     def spec(self, result: Value, rows: EmptyRows = EmptyRows.EXACT, **more: Value) -> AttentionSpec:
         """The verified spec; `weight` and `sink` as in AttentionSpec."""

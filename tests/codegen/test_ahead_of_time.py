@@ -50,6 +50,8 @@ def test_compiles_without_spills(
         assert report["name"] == "flashfuse_forward_causal_softcap_d64" or spec != "softcap"
         assert report["spill"] <= report["allowed"], report
         assert not report["advisories"], report
+        if spec == "dropout":
+            assert not report["stores"], report  # random bits are made where they are used
         assert report["wgmma"] > 0 or target != "sm_90" or dtype == "fp32" or report["kernel"] == "decode", report
 
 

@@ -36,7 +36,8 @@ def kept(seed: Tensor, rate: float, shape: tuple[int, int, int, int] = (B, H, S,
     """The factors of dropout with a seed, in float64."""
     index = [torch.arange(size).view([-1 if place == axis else 1 for axis in range(4)]) for place, size in enumerate(shape)]
     bits = philox.random_bits(seed, *index)
-    return torch.where(bits < round(rate * 2**philox.BITS), 0.0, 1 / (1 - rate)).double()
+    threshold = round(rate * 2**16)
+    return torch.where(bits < threshold, 0.0, 2**16 / (2**16 - threshold)).double()
 
 
 def drawn_after(seed: int) -> Tensor:
@@ -174,7 +175,7 @@ def test_as_much_is_dropped_as_asked_for(module: type[Modules], rate: float) -> 
         p = compiled(q, k, v)
     assert fused() == 1
     assert abs(float((p == 0).float().mean()) - rate) < 0.01
-    expected = (q @ k.mT * 0.25).softmax(-1) / (1 - rate)
+    expected = (q @ k.mT * 0.25).softmax(-1) / (1 - round(rate * 2**16) / 2**16)
     torch.testing.assert_close(p, torch.where(p == 0, p, expected))
 
 

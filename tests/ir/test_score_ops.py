@@ -24,17 +24,17 @@ NONZERO_LAST = ("div", "floordiv", "mod")
 
 
 def philox_bits(seed: Any, b: Any, h: Any, m: Any, n: Any) -> Any:
-    """30 bits of Philox 4x32-10 element for element, in Python's integers."""
+    """16 bits of Philox 4x32-7 element for element, in Python's integers."""
 
     def bits(seed: int, b: int, h: int, m: int, n: int) -> int:
         low = 2**32 - 1
-        c = [part & low for part in (n // 16 * 8 + n % 8, m // 16 * 8 + m % 8, b, h)]
+        c = [part & low for part in (n // 16 * 4 + n % 8 // 2, b, m // 16 * 8 + m % 8, h)]
         key = [seed & low, seed >> 32 & low]
-        for _ in range(10):
+        for _ in range(7):
             first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [second >> 32 ^ c[1] ^ key[0], second & low, first >> 32 ^ c[3] ^ key[1], first & low]
             key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-        return c[2 * (m // 8 % 2) + n // 8 % 2] >> 2
+        return c[2 * (n % 2) + n // 8 % 2] >> 16 * (m // 8 % 2) & 2**16 - 1
 
     return numpy.array([bits(*(int(x) for x in row)) for row in zip(seed, b, h, m, n, strict=True)])
 
