@@ -14,6 +14,7 @@ Cells are compiled in parallel by worker processes, which then take turns at the
 is a run of its own in the result file.
 
     python benchmarks/flex_grid.py [--lengths 2048,8192] [--head-dims 64] [--variants causal,gqa] [--workers 14]
+    python benchmarks/flex_grid.py --peers flex,portable,flashfuse      # the portable kernels alone, and what serves by itself
     python benchmarks/flex_grid.py --long            # sliding 256 at 32k and 128k tokens: is time linear in the length?
     python benchmarks/flex_grid.py --small           # tiny shapes, to try the script on a CPU
 """
@@ -31,7 +32,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from grid_cells import GRID, PEERS, GridCell, measure, prepare
+from grid_cells import GRID, KERNELS, PEERS, GridCell, measure, prepare
 from measure import ResultFile, chosen
 
 from flashfuse.bench_peers import Shape
@@ -137,19 +138,20 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{name}{row['forward_ms']:9.3f}{row['both_ms']:9.3f}{row['backward_ms']:9.3f}{mask}{peak}{row['error']:7.2f}{wrong}"
         )
     found = {(row["variant"], row["length"], row["head_dim"], row["peer"]): row for row in rows if "both_ms" in row}
-    for word, prefix in (("with its mask", ""), ("without its mask", "bare_")):
-        _print_ratios(found, word, prefix)
+    for own in dict.fromkeys(peer for *_cell, peer in found if peer != "flex"):
+        for word, prefix in (("with its mask", ""), ("without its mask", "bare_")):
+            _print_ratios(found, own, word, prefix)
     wrong_rows = [row for row in rows if row.get("right") is False]
     failed = [row for row in rows if "failed" in row]
     print(f"{len(failed)} rows failed, {len(wrong_rows)} are wrong")
 
 
-def _print_ratios(found: dict[tuple[str, int, int, str], dict[str, Any]], word: str, prefix: str) -> None:
-    """flashfuse's speed against FlexAttention `word`: the geometric mean, the worst cells, those below 0.97."""
+def _print_ratios(found: dict[tuple[str, int, int, str], dict[str, Any]], own: str, word: str, prefix: str) -> None:
+    """A peer's speed against FlexAttention `word`: the geometric mean, the worst cells, those below 0.97."""
     ratios: list[tuple[float, str]] = []
     for (name, length, head_dim, peer), row in found.items():
         rival = found.get((name, length, head_dim, "flex"))
-        if peer != "flashfuse" or rival is None:
+        if peer != own or rival is None:
             continue
         ratios += [
             (rival.get(prefix + key, rival[key]) / row[key], f"{name} {length} {head_dim} {key.split('_')[0]}") for key in _TIMES
@@ -157,8 +159,9 @@ def _print_ratios(found: dict[tuple[str, int, int, str], dict[str, Any]], word: 
     if not ratios:
         return
     for each in ("forward", "both"):
-        own = [ratio for ratio, cell in ratios if cell.endswith(each)]
-        print(f"against flex {word}, {each:7}: geometric mean {_mean(own):.3f}x of {len(own)} cells, worst {min(own):.3f}x")
+        part = [ratio for ratio, cell in ratios if cell.endswith(each)]
+        facts = f"geometric mean {_mean(part):.3f}x of {len(part)} cells, worst {min(part):.3f}x"
+        print(f"{own} against flex {word}, {each:7}: {facts}")
     ratios.sort()
     print(f"    all {_mean([r for r, _ in ratios]):.3f}x; {sum(r < 0.97 for r, _ in ratios)} below 0.97x; the slowest:")
     for ratio, cell in ratios[:10]:
@@ -198,7 +201,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--long", action="store_true", help="sliding window at 32k and 128k tokens")
     parser.add_argument("--small", action="store_true", help="tiny shapes, no result file")
     options = parser.parse_args()
-    options.peers = chosen(options.peers, PEERS)
+    options.peers = chosen(options.peers, (*PEERS, *KERNELS))
     options.variants = chosen(options.variants or ("sliding" if options.long else ",".join(GRID)), tuple(GRID))
     lengths = "128,512" if options.small else "32768,131072" if options.long else "2048,8192,32768"
     options.lengths = [int(each) for each in (options.lengths or lengths).split(",")]

@@ -27,6 +27,12 @@ def gradient_classes(spec: AttentionSpec) -> CaptureGradients:
     return _sorted[spec.key]
 
 
+def elements_read(spec: AttentionSpec) -> set[int]:
+    """Captures that are read for every query and key; others are read by the rows' sinks alone."""
+    programs = [program for name, program in spec.programs.items() if name != "sink"]
+    return {capture for program in programs for capture in program.loads()}
+
+
 class CaptureBuffers:
     """`row_partial` `[captures, B, H, M]` and `column_partial` `[captures, B, H, N]`, float32, None where unneeded."""
 
@@ -44,8 +50,9 @@ class CaptureBuffers:
 
     @property
     def summed(self) -> bool:
-        """Whether some gradient is a sum over keys or queries."""
-        return self.row_partial is not None or self.column_partial is not None or bool(self.diagonals())
+        """Whether some gradient is a sum over keys or queries of elements' gradients."""
+        classes = self.classes
+        return bool({*classes.row, *classes.column, *classes.diagonal} & {*self.wanted} & elements_read(self.call.spec))
 
     def _partial(self, captures: tuple[int, ...], length: int) -> Tensor | None:
         if not set(captures) & set(self.wanted):

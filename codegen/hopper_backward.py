@@ -1,7 +1,8 @@
 """The Hopper backward: when it serves, its three launches, and what must hold before it is trusted (see `hopper.py`).
 
 Gradients of the query are summed in float32 by TMA in whatever order blocks arrive, so it does not serve where torch asks
-for determinism; nor where a capture or the logsumexp has a gradient, which only the portable kernels know how to sum.
+for determinism; nor where the logsumexp has a gradient, or a capture that is read for every query and key, which only the
+portable kernels know how to sum. Rows that lie low are left out, and added by the portable kernels' launches for them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.codegen import hopper, kernel_choice
+from flashfuse.codegen.capture_gradients import elements_read
 from flashfuse.codegen.hopper_tiles import draws, kind_of
 from flashfuse.codegen.load import kernel_module
 
@@ -50,9 +52,9 @@ def refusal(call: Call, wanted: list[int], *, eager: bool = False) -> str:
         return reason
     if torch.are_deterministic_algorithms_enabled():
         return "sums must not depend on the order of blocks"
-    if wanted or call.grad_stats is not None:
+    if call.grad_stats is not None or elements_read(call.spec) & set(wanted):
         return "a capture or the logsumexp has a gradient"
-    if call.spec.planes == 2:
+    if call.spec.planes == 2 and (wanted or not call.masked):
         return "rows can lie low"
     if draws(call.spec):
         return "dropout"
@@ -83,11 +85,12 @@ def distrust(device: torch.device, head_dim: int) -> str:
     return hopper.checked(facts, lambda: check.backward_identity(*facts[1:]), lambda: check.backward_fault(*facts[1:]))
 
 
-def backward(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> bool:
-    """Fill the three gradients of a call that is taken. False if the kernel has failed."""
+def backward(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None = None) -> bool:
+    """Fill the three gradients of a call that is taken, but for rows that lie low, and `partial` `[captures, B, H, M]` with
+    the rows' gradients of what sinks read. False if the kernel has failed."""
     facts = (call.spec.key, padded(call))
     try:
-        compiled = launch(call, grad_query, grad_key, grad_value)
+        compiled = launch(call, grad_query, grad_key, grad_value, partial)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # see hopper.forward
@@ -106,7 +109,7 @@ def _fail(facts: tuple[str, int], reason: str) -> None:
     log.info("attention %s: portable backward, the Hopper kernel is not used: %s", facts[0], reason)
 
 
-def launch(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> Any:
+def launch(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None = None) -> Any:
     """Launch the three kernels, and return the main one compiled."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -116,10 +119,13 @@ def launch(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor)
     heads, rows_padded = call.B * call.H, -(-call.M // BLOCK_M) * BLOCK_M
     rows = call.empty((2 * heads, rows_padded), torch.float32)
     grad_sum = call.empty((heads, call.M, head_dim), torch.float32)
+    call.delta = call.empty((call.B, call.H, call.M), torch.float32) if call.low_rows else rows
+    call.flags = call.empty((call.B, call.H, rows_padded // _PREPARED), torch.int32) if call.low_rows else rows
     call.run(
         module.flashfuse_hopper_prepare, rows_padded // _PREPARED * heads,
-        call.out, call.grad_out, call.stats, rows, grad_sum, *call.strides(call.out, call.grad_out),
-        call.H, call.M, rows_padded, E=call.E, E_PAD=head_dim, D_PAD=head_dim, BLOCK=_PREPARED, num_warps=4,
+        call.out, call.grad_out, call.stats, rows, grad_sum, call.delta, call.flags, rows if partial is None else partial,
+        call.inputs, *call.strides(call.out, call.grad_out), call.H, call.M, call.N, call.plane, rows_padded,
+        E=call.E, E_PAD=head_dim, D_PAD=head_dim, BLOCK=_PREPARED, LOW=call.low_rows, SUMS=partial is not None, num_warps=4,
     )  # fmt: skip
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     box = [1, BLOCK_M, SUMMED]

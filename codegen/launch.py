@@ -23,6 +23,7 @@ from flashfuse.codegen.range_tables import block_ranges as block_ranges  # `atte
 from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.errors import InternalError, UnsupportedError
 from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, EmptyRows
+from flashfuse.ir.cheaper import LONGEST, subtracts_positions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -146,13 +147,15 @@ def _no_gradients(query: Tensor, key: Tensor, value: Tensor, captures: Sequence[
 def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
     call.out = _last_contiguous(out)
     grad_query, grad_key, grad_value = (call.empty_like(tensor) for tensor in (call.query, call.key, call.value))
-    if hopper_backward.takes(call, wanted) and hopper_backward.backward(call, grad_query, grad_key, grad_value):
-        return [grad_query, grad_key, grad_value]
-    call.delta = call.empty((call.B, call.H, call.M), torch.float32)
     if wanted:
         call.cannot_repeat()  # their sums are finished by torch
     gradients = capture_gradients(call, wanted)
     rows, columns = gradients.row_partial, gradients.column_partial
+    if hopper_backward.takes(call, wanted) and hopper_backward.backward(call, grad_query, grad_key, grad_value, rows):
+        if call.low_rows:
+            _low_rows(call, grad_query, grad_key, grad_value, gradients)
+        return [grad_query, grad_key, grad_value, *gradients.finished()]
+    call.delta = call.empty((call.B, call.H, call.M), torch.float32)
     call.launch(
         "grad_query",  # first: it makes delta
         lambda tile: _grad_query(call, tile, grad_query, gradients, low=False),
@@ -164,17 +167,22 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
         (grad_key, grad_value, *_there(columns)),
     )
     if call.low_rows:
-        call.launch(
-            "grad_key_value",
-            lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
-            repeatable=False,
-        )
-        call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=True))
+        _low_rows(call, grad_query, grad_key, grad_value, gradients)
     for capture, grad in gradients.tiles():
         call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
     for capture in gradients.diagonals():
         call.launch("grad_capture", lambda tile, c=capture: _grad_diagonals(call, tile, c, gradients))  # type: ignore[misc]
     return [grad_query, grad_key, grad_value, *gradients.finished()]
+
+
+def _low_rows(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, gradients: CaptureBuffers) -> None:
+    """Add what rows that lie low give, of which `call.flags` tells, to gradients that lack it."""
+    call.launch(
+        "grad_key_value",
+        lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
+        repeatable=False,
+    )
+    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=True))
 
 
 class Call(Launches):
@@ -208,6 +216,8 @@ class Call(Launches):
         self.G, self.N, self.E = value.shape[1], value.shape[2], value.shape[3]
         if self.G and self.H % self.G:
             raise InternalError(f"{self.H} query heads over {self.G} key heads")
+        if max(self.M, self.N) > LONGEST and any(subtracts_positions(program) for program in spec.programs.values()):
+            raise UnsupportedError(f"{max(self.M, self.N)} positions, kernels subtract floats of up to {LONGEST} here")
         self.padded = (_padded(self.D), _padded(self.E))
         self.masked = spec.split.keep is not None
         self.low_rows = self.masked and spec.planes == 2

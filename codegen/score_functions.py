@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flashfuse.codegen.score_text import InputLayout, ScoreText, function_text
 from flashfuse.ir.attention_spec import AttentionSpec, plain_load_letters
 from flashfuse.ir.certainty import Bounded, Certainty
+from flashfuse.ir.cheaper import factored, positions_in_float
 from flashfuse.ir.derivative import Derivative, differentiate, index_letters
 from flashfuse.ir.score_builder import closure
 from flashfuse.ir.score_ops import Kind
@@ -50,22 +51,6 @@ class CaptureGradients:
         return cls(letters, row, column, tile, diagonal)
 
 
-def folded_scale(program: ScoreProgram) -> float | None:
-    """c if the program is the raw score times a positive constant c, else None."""
-    scale = 1.0
-    statement = program.statements[program.result]
-    while statement.op in ("mul", "div"):
-        operands = [program.statements[operand] for operand in statement.operands]
-        if statement.op == "mul" and operands[0].op == "const":
-            operands.reverse()
-        if operands[1].op != "const":
-            return None
-        factor = float(operands[1].attribute)  # type: ignore[arg-type]
-        scale = scale * factor if statement.op == "mul" else scale / factor if factor else math.inf
-        statement = operands[0]
-    return scale if statement.op == "score" and 1e-20 < scale < 1e20 else None
-
-
 def splice_text(spec: AttentionSpec, *, apart: bool = False) -> str:
     """All generated constants and functions of a spec, in the order of `plain_score.py`.
 
@@ -92,7 +77,7 @@ class _Writer:
         self.gradients = CaptureGradients.of(spec)
         # without a mask, rows may lie so low that scores must not be scaled before their maximum is taken off
         can_fold = spec.planes == 1 or spec.split.keep is not None
-        self.scale = folded_scale(spec.split.kept) if can_fold else None
+        self.scale, self.kept = factored(spec.split.kept) if can_fold else (1.0, spec.split.kept)
 
     def parts(self) -> list[str]:
         """The text blocks."""
@@ -109,11 +94,10 @@ class _Writer:
         return f'def named(kernel):\n    return lambda made_for: f"{name}"'
 
     def constants(self) -> str:
-        scale = 1.0 if self.scale is None else self.scale
         return "\n".join(
             [
-                f"SCALE = tl.constexpr({scale!r})  # natural units in a unit of what `kept_score` returns",
-                f"FACTOR = tl.constexpr({scale * math.log2(math.e)!r})  # SCALE * log2(e)",
+                f"SCALE = tl.constexpr({self.scale!r})  # natural units in a unit of what `kept_score` returns",
+                f"FACTOR = tl.constexpr({self.scale * math.log2(math.e)!r})  # SCALE * log2(e)",
                 f"HAS_SINK = tl.constexpr({self.spec.sink is not None})  # whether rows have a sink",
                 f"HAS_GAP = tl.constexpr({self.spec.has_gaps})  # whether ranges of keys or queries can have a gap",
             ]
@@ -121,7 +105,7 @@ class _Writer:
 
     def function(self, name: str, parameters: str, program: ScoreProgram, purpose: str) -> str:
         """A function over tiles that returns the program's only result in the shape of `s`."""
-        text = ScoreText(program, self.layout)
+        text = ScoreText(positions_in_float(program), self.layout)
         result = text.results()[0]
         whole_tile = len(index_letters(program, program.results[0])) == 4
         if "s" in parameters.split(", ") and not whole_tile:
@@ -132,10 +116,7 @@ class _Writer:
         split = self.spec.split
         score = self.function("score", f"s, {_AT}", self.spec.score, "The final score, masks and all, in natural units.")
         purpose = "The final score of an element that the mask keeps, in units of SCALE."
-        if self.scale is None:
-            kept = self.function("kept_score", f"s, {_AT}", split.kept, purpose)
-        else:
-            kept = function_text("kept_score", f"s, {_AT}", [], "s", purpose)
+        kept = self.function("kept_score", f"s, {_AT}", self.kept, purpose)
         purpose = "Whether the mask keeps an element."
         if split.keep is None:
             keep = function_text("keep", _AT, [], "inside_m & inside_n", purpose)
@@ -148,12 +129,8 @@ class _Writer:
         purpose = "Gradient of the raw score from that of `score`."
         parts = [self.function("score_gradient", f"s, grad, {_AT}", _first_result(whole), purpose)]
         purpose = "Gradient of the raw score from that of `kept_score`, in units of 1 / SCALE."
-        if self.scale is None:
-            kept = _first_result(self.spec.derivative(kept=True).program)
-            parts.append(self.function("kept_gradient", f"s, grad, {_AT}", kept, purpose))
-        else:
-            parts.append(function_text("kept_gradient", f"s, grad, {_AT}", [], "grad", purpose))
-        return parts
+        kept = _first_result(differentiate(self.kept).program)
+        return [*parts, self.function("kept_gradient", f"s, grad, {_AT}", kept, purpose)]
 
     def sink(self) -> str:
         purpose = "The sink of rows, in natural units."
@@ -211,7 +188,7 @@ class _Writer:
         numbers: dict[int, int] = {}
         for (capture, _), result in zip(derivative.loads, derivative.program.results[1:], strict=True):
             numbers.setdefault(capture, result)
-        program = _with_results(derivative.program, tuple(numbers.values()))
+        program = positions_in_float(_with_results(derivative.program, tuple(numbers.values())))
         text = ScoreText(program, self.layout, grad=grad)
         return text, dict(zip(numbers, text.results(), strict=True))
 

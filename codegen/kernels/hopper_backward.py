@@ -30,11 +30,15 @@ from flashfuse.codegen.kernels.hopper_forward import barriers
 from flashfuse.codegen.kernels.plain_score import (
     FACTOR,
     SCALE,
+    add_sink_sums,
     keep,
     kept_gradient,
     kept_score,
     named,
     query_range,
+    sink_score,
+    start_row_sums,
+    store_row_sums,
     weight_gradient,
     weighted,
 )  # SPLICE
@@ -45,12 +49,15 @@ OWN = gl.constexpr(64)  # keys of a consumer
 
 @triton.jit(repr=named("flashfuse_hopper_prepare"))
 def flashfuse_hopper_prepare(
-    out, grad_out, stats, rows, grad_sum, out_b, out_h, out_m, grad_b, grad_h, grad_m, H, M, rows_padded,
-    E: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    out, grad_out, stats, rows, grad_sum, delta, flags, partial, inputs,
+    out_b, out_h, out_m, grad_b, grad_h, grad_m, H, M, N, plane, rows_padded,
+    E: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Fill rows `[B * H, 2, rows_padded]` with what the loop reads of a query, and zero grad_sum `[B * H, M, D_PAD]`.
 
     The first is the logsumexp, to base 2, infinite beyond M; the second is delta, the sum of output times its gradient.
+    LOW: rows that lie low get probability zero there; `delta` and `flags` are for the launches that add what they give.
+    SUMS: `partial` gets the rows' gradients of what the sinks read.
     """
     blocks = tl.cdiv(rows_padded, BLOCK)
     head = tl.program_id(0) // blocks
@@ -63,11 +70,22 @@ def flashfuse_hopper_prepare(
     inside = row < M
     o = load_tile(out + b * out_b + h * out_h + first_wide * out_m, out_m, M - first, E, BLOCK, E_PAD, True)
     do = load_tile(grad_out + b * grad_b + h * grad_h + first_wide * grad_m, grad_m, M - first, E, BLOCK, E_PAD, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(stats + head_wide * M + row, mask=inside, other=float("inf"))
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    place = head_wide * M + row
+    lse = tl.load(stats + place, mask=inside, other=float("inf"))
+    if SUMS:
+        own = tl.exp2((sink_score(head // H, head % H, row, inside, M, N, inputs) - lse) * LOG2E)
+        sums = add_sink_sums(start_row_sums(BLOCK), -own * row_delta, head // H, head % H, row, inside, M, N, inputs)
+        store_row_sums(sums, partial + place, plane, inside)
+    if LOW:
+        low = tl.load(stats + plane + place, mask=inside, other=0.0) != 0.0
+        tl.store(flags + head_wide * blocks + first // BLOCK, tl.max(low.to(tl.int32), 0))
+        tl.store(delta + place, row_delta, mask=inside)
+        lse = tl.where(low, float("inf"), lse)
+        row_delta = tl.where(low, 0.0, row_delta)
     target = rows + head_wide * 2 * rows_padded + row
     tl.store(target, lse * LOG2E)
-    tl.store(target + rows_padded, delta)
+    tl.store(target + rows_padded, row_delta)
     zeros = tl.zeros([BLOCK, D_PAD], tl.float32)
     store_tile(grad_sum + (head_wide * M + first_wide) * D_PAD, D_PAD, zeros, inside, D_PAD, BLOCK, D_PAD)
 

@@ -24,6 +24,8 @@ from test_kernels import compare_with_eager
 
 from flashfuse.codegen import hopper, hopper_backward, hopper_check, kernel_choice, launch
 from flashfuse.codegen.emit import module_text
+from flashfuse.codegen.load import kernel_module
+from flashfuse.ir.attention_spec import EmptyRows
 
 
 @pytest.mark.skipif(bool(hopper.missing()), reason="this Triton has another Gluon")
@@ -49,6 +51,7 @@ def test_the_module_defines_no_name_twice_but_the_replaced_one() -> None:
 def a_call(**facts: object) -> launch.Call:
     half = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
     known = {"spec": named_spec("causal"), "query": half, "key": half, "value": half, "grad_out": half, "grad_stats": None}
+    known["masked"] = True
     return SimpleNamespace(**known | {"B": 1, "H": 8, "G": 8, "M": 2048, "N": 2048, "D": 64, "E": 64} | facts)  # type: ignore[return-value]
 
 
@@ -69,7 +72,8 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"grad_stats": torch.zeros(1)}, "logsumexp"),
         ({"grad_out": torch.zeros(1, 8, 2048, 65, dtype=torch.bfloat16)[..., 1:]}, "aligned"),
         ({"grad_out": torch.zeros(1, 8, 2048, 64)}, "aligned"),
-        ({"spec": named_spec("causal_low")}, "low"),
+        ({"spec": named_spec("causal_low")}, "reached"),
+        ({"spec": dataclasses.replace(named_spec("bias"), empty_rows=EmptyRows.EXACT), "masked": False}, "low"),
         ({"spec": named_spec("dropout")}, "dropout"),
         ({"spec": named_spec("window")}, "not timed"),
         ({"spec": named_spec("documents")}, "not timed"),
@@ -84,7 +88,8 @@ def test_what_it_takes(facts: dict[str, object], expected: str) -> None:
 
 @pytest.mark.usefixtures("fit")
 def test_gradients_of_captures_and_determinism_are_left_to_the_portable_kernels() -> None:
-    assert "capture" in hopper_backward.refusal(a_call(), [0])
+    assert "capture" in hopper_backward.refusal(a_call(spec=named_spec("alibi")), [0])
+    assert hopper_backward.refusal(a_call(spec=named_spec("sinks")), [0]) == "reached"
     torch.use_deterministic_algorithms(True)
     try:
         assert "order of blocks" in hopper_backward.refusal(a_call(), [])
@@ -103,6 +108,40 @@ def test_options_for_portable_kernels_are_obeyed(monkeypatch: pytest.MonkeyPatch
         assert not hopper_backward.takes(a_call(), [])
     finally:
         kernel_choice.ask(spec.key, "auto")
+
+
+@pytest.mark.skipif(not launch.interpreting() or bool(hopper.missing()), reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("name", ["causal", "causal_low", "sinks"])
+def test_what_is_prepared(name: str) -> None:
+    """Base-2 logsumexp and delta of each row, rows that lie low set aside, gradients of sinks."""
+    spec = named_spec(name)
+    B, H, M, E, padded = 2, 3, 100, 24, 128
+    torch.manual_seed(0)
+    out, grad_out, captures = torch.randn(B, H, M, E), torch.randn(B, H, M, E), [torch.randn(H) for _ in spec.captures]
+    low = torch.rand(B, H, M) < (0.02 if name == "causal_low" else 0.0)
+    stats = torch.stack([torch.randn(B, H, M), torch.where(low, -1e30, 0.0)])[: spec.planes]
+    call = launch.Call(spec, out, out, out, captures, ())
+    rows, grad_sum = torch.full((2 * B * H, padded), float("nan")), torch.full((B * H, M, 64), float("nan"))
+    delta, partial = torch.full((B, H, M), float("nan")), torch.full((1, B, H, M), float("nan"))
+    flags = torch.full((B, H, 2), -1, dtype=torch.int32)
+    module = kernel_module(spec, fast_tanh=True, hopper=True)
+    call.run(
+        module.flashfuse_hopper_prepare, 2 * B * H, out, grad_out, stats, rows, grad_sum, delta, flags, partial, call.inputs,
+        *call.strides(out, grad_out), H, M, M, B * H * M, padded,
+        E=E, E_PAD=32, D_PAD=64, BLOCK=64, LOW=name == "causal_low", SUMS=name == "sinks", num_warps=4,
+    )  # fmt: skip
+    lse, found = rows.view(B, H, 2, padded).unbind(2)
+    expected = (out * grad_out).sum(-1)
+    torch.testing.assert_close(lse[..., :M], torch.where(low, float("inf"), stats[0] * 1.4426950408889634))
+    torch.testing.assert_close(found[..., :M], torch.where(low, 0.0, expected))
+    assert (lse[..., M:] == float("inf")).all()
+    assert not grad_sum.any()
+    if name == "causal_low":
+        assert low.any()
+        torch.testing.assert_close(delta, expected)
+        assert torch.equal(flags, torch.nn.functional.pad(low, (0, padded - M)).view(B, H, 2, 64).any(-1).int())
+    if name == "sinks":
+        torch.testing.assert_close(partial[0], -torch.exp(captures[0][:, None] - stats[0]) * expected)
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -145,8 +184,10 @@ def test_the_check_passes_here(head_dim: int) -> None:
 def test_a_wrong_kernel_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = hopper_backward.launch
 
-    def wrong(call: launch.Call, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
-        right(call, grad_query, grad_key, grad_value)
+    def wrong(
+        call: launch.Call, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, partial: None = None
+    ) -> None:
+        right(call, grad_query, grad_key, grad_value, partial)
         grad_key[1, 1, -1] = float("nan")
 
     monkeypatch.setattr(hopper_backward, "launch", wrong)
