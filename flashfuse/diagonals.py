@@ -3,6 +3,9 @@
 A bias that depends on queries and keys through n - m alone (T5's table gathered by a bucket of the distance) has
 M + N - 1 different elements a head. The kernels read those, and sum their gradient along the diagonals; the way from
 there to the user's own tensors is torch's, on so few elements that it costs nothing. `flashfuse/ir/diagonals.py`.
+
+A table is converted to float32 before it is read. The gradients of thousands of distances, large and of one sign, meet in
+one bucket: they are summed in float32, by the reading's own gradient, and rounded once, by the conversion's.
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ def diagonals(
     def leaf(statement: Statement, operands: list[Any]) -> Any:
         if statement.op == "load":
             value = captures[int(statement.attribute)]  # type: ignore[arg-type]
-            value = value[tuple(operands)] if operands else value
-            return value.to({Kind.FLOAT: torch.float32, Kind.INT: torch.int64, Kind.BOOL: torch.bool}[statement.kind])
+            value = value.to({Kind.FLOAT: torch.float32, Kind.INT: torch.int64, Kind.BOOL: torch.bool}[statement.kind])
+            return value[tuple(operands)] if operands else value
         if statement.op == "index":
             return indices[str(statement.attribute)]
         if statement.op == "size":
