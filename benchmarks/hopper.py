@@ -20,7 +20,6 @@ import random
 import secrets
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 from flex_grid import run_all
 from grid_cells import GRID, KERNELS
 from measure import ResultFile, chosen
+from soak import NotServedError, soak
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 from compile_report import named_spec
@@ -44,13 +44,13 @@ SOAKED = ("plain", "causal", "causal_low", "window", "softcap", "alibi", "bias",
 
 
 def run(spec: AttentionSpec, kernel: str, tensors: list[torch.Tensor], captures: list[torch.Tensor]) -> torch.Tensor:
-    """The output by the named kernels. Raises RuntimeError if "hopper" ones were asked for and do not serve."""
+    """The output by the named kernels. Raises NotServedError if "hopper" ones were asked for and do not serve."""
     kernel_choice.ask(spec.key, kernel)
     out = launch.forward(spec, *tensors, captures, ())[0]
     if kernel == "hopper":
         call = launch.Call(spec, *tensors, captures, ())
         if not hopper.takes(call):
-            raise RuntimeError(hopper.refusal(call, eager=True))
+            raise NotServedError(hopper.refusal(call, eager=True))
     return out
 
 
@@ -130,32 +130,20 @@ def captures_of(name: str, shape: tuple[int, int, int, int]) -> list[torch.Tenso
     return []
 
 
-def soak(launches: int, seed: int, out: str) -> None:
-    """Random launches; each must agree with the portable kernel to bfloat16's rounding."""
-    chosen, worst, wrong, start = random.Random(seed), 0.0, 0, time.time()
-    torch.manual_seed(seed)
-    for number in range(launches):
-        name, head_dim = chosen.choice(SOAKED), chosen.choice((64, 64, 128, 128, 256))
-        groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
-        B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
-        if name in ("causal", "window", "softcap", "alibi", "documents", "sinks", "dropout"):
-            N = max(M, N) if name != "documents" else M  # no row without a key
-        H = groups * share
-        tensors = [torch.randn(B, heads, rows, head_dim, device="cuda", dtype=torch.bfloat16)
-                   for heads, rows in ((H, M), (groups, N), (groups, N))]  # fmt: skip
-        captures = captures_of(name, (B, H, M, N))
-        spec = named_spec(name)
-        results = [run(spec, kernel, tensors, captures) for kernel in ("hopper", "portable")]
-        difference = float((results[0].float() - results[1].float()).abs().max())
-        if not difference <= 4e-2:
-            wrong += 1
-            print(f"WRONG {name} {B, H, groups, M, N, head_dim}: {difference}", flush=True)
-        worst = max(worst, difference)
-        if number % 500 == 499:
-            seconds = time.time() - start
-            print(f"{number + 1} launches in {seconds:.0f} s, {wrong} wrong, largest difference {worst:.3g}", flush=True)
-    row: dict[str, Any] = {"launches": launches, "wrong": wrong, "largest_difference": worst, "seconds": time.time() - start}
-    ResultFile(out, "cuda", seed=seed).add(row)
+def random_launch(name: str, chosen: random.Random) -> tuple[float, str]:
+    """One launch of a program, which must agree with the portable kernel to bfloat16's rounding."""
+    head_dim = chosen.choice((64, 64, 128, 128, 256))
+    groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
+    B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
+    if name in ("causal", "window", "softcap", "alibi", "documents", "sinks", "dropout"):
+        N = max(M, N) if name != "documents" else M  # no row without a key
+    H = groups * share
+    tensors = [torch.randn(B, heads, rows, head_dim, device="cuda", dtype=torch.bfloat16)
+               for heads, rows in ((H, M), (groups, N), (groups, N))]  # fmt: skip
+    captures = captures_of(name, (B, H, M, N))
+    spec = named_spec(name)
+    ours, theirs = (run(spec, kernel, tensors, captures).float() for kernel in ("hopper", "portable"))
+    return float((ours - theirs).abs().max()) / 4e-2, str((B, H, groups, M, N, head_dim))
 
 
 # ------------------------------------------------------------------------------------------------ against FlexAttention
@@ -268,13 +256,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds of each program's launches, with --soak")
     parser.add_argument("--variants", default="", help=f"of {', '.join(GRID)}")
     parser.add_argument("--tiles", default="", help="specs by name, as in tests/codegen/compile_report.py")
     parser.add_argument("--workers", type=int, default=0, help="processes that compile; default: the cores but two")
     parser.add_argument("--out", default="hopper")
     options = parser.parse_args()
     if options.soak:
-        soak(options.soak, options.seed or secrets.randbelow(2**31), f"{options.out}_soak")
+        seed = options.seed or secrets.randbelow(2**31)
+        soak(SOAKED, options.soak, seed, options.stop_after, random_launch, ResultFile(f"{options.out}_soak", "cuda", seed=seed))
     elif options.variants:
         variants(options)
     elif options.tiles:

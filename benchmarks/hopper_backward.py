@@ -16,33 +16,40 @@ import math
 import random
 import secrets
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from hopper import HIDDEN, TOKENS, named_spec
+from hopper import HIDDEN, TOKENS, captures_of, named_spec
 from measure import ResultFile
+from soak import NotServedError, soak
 
 from flashfuse.codegen import hopper_backward, kernel_choice, launch
 from flashfuse.ir.attention_spec import AttentionSpec
 
 SCALE = 0.125  # of the named specs
-SOAKED = ("plain", "causal", "window", "softcap")
+SOAKED = ("plain", "causal", "causal_low", "window", "softcap", "alibi", "sinks")
 Tensors = list[torch.Tensor]
 
 
-def gradients(spec: AttentionSpec, kernel: str, tensors: Tensors, saved: Tensors, grad_out: torch.Tensor) -> Tensors:
-    """Of query, key and value by the named kernels, from the forward's output and statistics in `saved`."""
+def gradients(
+    spec: AttentionSpec,
+    kernel: str,
+    tensors: Tensors,
+    saved: Tensors,
+    grad_out: torch.Tensor,
+    captures: Sequence[torch.Tensor] = (),
+) -> Tensors:
+    """Of query, key, value and a sink by the named kernels, from the forward's output and statistics in `saved`."""
     kernel_choice.ask(spec.key, kernel)
-    return launch.backward(spec, grad_out, *tensors, *saved, (), (), ())
+    return launch.backward(spec, grad_out, *tensors, *saved, captures, (), [spec.sink is not None for _ in captures])
 
 
-def served(spec: AttentionSpec, tensors: Tensors, grad_out: torch.Tensor) -> None:
-    """Raises RuntimeError if the Hopper kernel does not serve these tensors."""
-    call = launch.Call(spec, *tensors, (), ())
+def served(spec: AttentionSpec, tensors: Tensors, grad_out: torch.Tensor, captures: Sequence[torch.Tensor] = ()) -> None:
+    """Raises NotServedError if the Hopper kernel does not serve these tensors."""
+    call = launch.Call(spec, *tensors, captures, ())
     call.grad_out, call.grad_stats = grad_out, None
-    if reason := hopper_backward.refusal(call, [], eager=True):
-        raise RuntimeError(reason)
+    if reason := hopper_backward.refusal(call, [0] if spec.sink is not None else [], eager=True):
+        raise NotServedError(reason)
 
 
 def eager(tensors: Tensors, grad_out: torch.Tensor, causal: bool, dtype: torch.dtype) -> Tensors:
@@ -114,34 +121,25 @@ def grid(options: argparse.Namespace) -> None:
             print(f"{head_dim} {mask}: {statistics.geometric_mean(ratios):.3f} of cuDNN", flush=True)
 
 
-def soak(launches: int, seed: int, out: str) -> None:
-    """Random launches; each must agree with the portable kernels to bfloat16's rounding."""
-    chosen, worst, wrong, start = random.Random(seed), 0.0, 0, time.time()
-    torch.manual_seed(seed)
-    for number in range(launches):
-        name, head_dim = chosen.choice(SOAKED), chosen.choice((64, 128))
-        groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
-        B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
-        N = N if name == "plain" else max(M, N)  # no row without a key
-        heads = groups * share
-        *tensors, grad_out = (
-            torch.randn(B, each, rows, head_dim, device="cuda", dtype=torch.bfloat16)
-            for each, rows in ((heads, M), (groups, N), (groups, N), (heads, M))
-        )
-        spec = named_spec(name)
-        saved = list(launch.forward(spec, *tensors, (), ()))
-        both = [gradients(spec, kernel, tensors, saved, grad_out) for kernel in ("hopper", "portable")]
-        pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(*both, strict=True)]
-        difference = max(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)) for ours, theirs in pairs)
-        if not difference <= 3e-2:
-            wrong += 1
-            print(f"WRONG {name} {B, heads, groups, M, N, head_dim}: {difference}", flush=True)
-        worst = max(worst, difference)
-        if number % 500 == 499:
-            seconds = time.time() - start
-            print(f"{number + 1} launches in {seconds:.0f} s, {wrong} wrong, largest difference {worst:.3g}", flush=True)
-    row = {"launches": launches, "wrong": wrong, "largest_difference": worst, "seconds": time.time() - start}
-    ResultFile(out, "cuda", seed=seed).add(row)
+def random_launch(name: str, chosen: random.Random) -> tuple[float, str]:
+    """One launch of a program, whose gradients must agree with the portable kernels' to bfloat16's rounding."""
+    head_dim = chosen.choice((64, 128))
+    groups, share = chosen.choice(((1, 1), (2, 1), (2, 2), (1, 4)))
+    B, M, N = chosen.randint(1, 3), chosen.randint(1, 900), chosen.choice((128, 384, *range(1, 900, 7)))
+    N = N if name == "plain" else max(M, N)  # no row without a key
+    heads = groups * share
+    *tensors, grad_out = (
+        torch.randn(B, each, rows, head_dim, device="cuda", dtype=torch.bfloat16)
+        for each, rows in ((heads, M), (groups, N), (groups, N), (heads, M))
+    )
+    spec, captures = named_spec(name), captures_of(name, (B, heads, M, N))
+    saved = list(launch.forward(spec, *tensors, captures, ()))
+    kernel_choice.ask(spec.key, "hopper")
+    served(spec, tensors, grad_out, captures)
+    both = [gradients(spec, kernel, tensors, saved, grad_out, captures) for kernel in ("hopper", "portable")]
+    pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(*both, strict=True)]
+    difference = max(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)) for ours, theirs in pairs)
+    return difference / 3e-2, str((B, heads, groups, M, N, head_dim))
 
 
 def main() -> None:
@@ -151,10 +149,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds of each program's launches, with --soak")
     parser.add_argument("--out", default="hopper_backward")
     options = parser.parse_args()
     if options.soak:
-        soak(options.soak, options.seed or secrets.randbelow(2**31), f"{options.out}_soak")
+        seed = options.seed or secrets.randbelow(2**31)
+        soak(SOAKED, options.soak, seed, options.stop_after, random_launch, ResultFile(f"{options.out}_soak", "cuda", seed=seed))
     else:
         grid(options)
 
