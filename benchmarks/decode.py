@@ -2,6 +2,8 @@
 
 Milliseconds, and the speed at which keys and values were read as a share of that of a device-to-device copy in the same
 run. The code is transformers' eager attention; its mask hides what lies beyond the position. Correctness against float64.
+`graph_ms` is a call's share of a CUDA graph of many calls on keys that no cache still holds. "flashfuse apart" is flashfuse
+without programmatic dependent launch.
 
     python benchmarks/decode.py [--length 32768] [--out decode]
 """
@@ -9,7 +11,9 @@ run. The code is transformers' eager attention; its mask hides what lies beyond 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,12 @@ from torch import Tensor
 
 from flashfuse.bench_peers import median_ms
 from flashfuse.bench_variants import repeat_kv
+from flashfuse.codegen import decode, replay
 
 SHAPES = ((1, 32, 8, 128), (4, 32, 8, 128), (16, 32, 8, 128), (4, 16, 16, 128), (4, 32, 8, 64), (1, 71, 1, 64))  # B H G D
+
+IN_GRAPHS = ("sdpa", "flashfuse", "flashfuse apart")
+CACHE_BYTES = 2**27  # more than any cache holds
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
@@ -52,6 +60,33 @@ def copy_gigabytes_a_second() -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), "cuda", []) / 1e6
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Without programmatic dependent launch."""
+    replay.forget()
+    with mock.patch.object(decode, "may_overlap", lambda device: False):
+        yield
+    replay.forget()
+
+
+def graph_ms(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> float:
+    """Milliseconds of one of the calls of a CUDA graph, which go round copies of the keys and values."""
+    copies = -(-CACHE_BYTES // (2 * key.numel() * key.element_size()))
+    pairs = [(key, value), *((key.clone(), value.clone()) for _ in range(copies))]
+    calls = len(pairs) * -(-16 // len(pairs))
+
+    def all_calls() -> None:
+        for number in range(calls):
+            run(query, *pairs[number % len(pairs)], position)
+
+    all_calls()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_calls()
+    return median_ms(graph.replay, "cuda", []) / calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=32768)
@@ -65,6 +100,7 @@ def main() -> None:
             "eager": eager, "sdpa": sdpa, "inductor": torch.compile(eager, dynamic=False),
             "flex": flex(options.length), "flashfuse": torch.compile(eager, backend="flashfuse", dynamic=False),
         }  # fmt: skip
+        peers["flashfuse apart"] = peers["flashfuse"]
         query = torch.randn(batch, heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.randn(batch, groups, options.length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         position = torch.tensor([options.length - 1], device="cuda")
@@ -73,16 +109,21 @@ def main() -> None:
         for peer, run in peers.items():
             row = {"peer": peer, "batch": batch, "heads": heads, "groups": groups, "head_dim": head_dim}
             try:
-                with torch.no_grad():
+                with torch.no_grad(), apart() if peer == "flashfuse apart" else contextlib.nullcontext():
                     error = (run(query, key, value, position)[:1].double() - exact).abs().max().item()
                     ms = median_ms(lambda: run(query, key, value, position), "cuda", [])  # noqa: B023
+                    in_graph = graph_ms(run, query, key, value, position) if peer in IN_GRAPHS else None
             except Exception as failure:  # a peer that cannot run this is a result too
                 results.add({**row, "failure": f"{type(failure).__name__}: {str(failure)[:200]}"})
                 continue
             share = 2 * key.numel() * key.element_size() / ms / 1e6 / speed
-            results.add({**row, "ms": ms, "share_of_copy": share, "error": error, "allowed": allowed, "right": error <= allowed})
-            shape = f"{batch:3}{heads:4}{groups:3}{head_dim:4}"
-            print(f"{shape} {peer:10}{ms:9.3f} ms{100 * share:7.1f}%  right {error <= allowed}", flush=True)
+            found = {"ms": ms, "share_of_copy": share, "error": error, "allowed": allowed, "right": error <= allowed}
+            said = f"{batch:3}{heads:4}{groups:3}{head_dim:4} {peer:16}{ms:9.3f} ms{100 * share:7.1f}%"
+            if in_graph is not None:
+                found |= {"graph_ms": in_graph, "graph_share_of_copy": share * ms / in_graph}
+                said += f"  in a graph{in_graph:9.3f} ms{100 * share * ms / in_graph:7.1f}%"
+            results.add({**row, **found})
+            print(f"{said}  right {error <= allowed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,11 @@ def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
     split = decode.split_of(call)
     if split is not None:
         decode.run(call, split, target, stats)
-    elif not (hopper.takes(call) and hopper.forward(call, target, stats)):
-        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False), (target, stats))
-    if call.low_rows:
-        call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
+    else:
+        if not (hopper.takes(call) and hopper.forward(call, target, stats)):
+            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False), (target, stats))
+        if call.low_rows:
+            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
     if target is not out:
         call.cannot_repeat()
         out.copy_(target)

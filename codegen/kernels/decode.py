@@ -1,13 +1,17 @@
+# ruff: noqa: SIM102 -- a branch on a constexpr must be a statement of its own
 """Few queries against many keys: the keys of a head are split over programs, and a second kernel combines the parts.
 
 Flash-Decoding (Dao, Haziza, Massa, Sizov 2023). Query heads that share a key head are packed into the rows of one tile, so
 that keys and values are read once for all of them.
+
+PDL: programmatic dependent launch, from sm_90 on. The second kernel may be set up as soon as every program of the first one
+has started, and waits on the device for the first one's end, instead of being sent when the first one has ended.
 """
 
 import triton
 import triton.language as tl
 
-from flashfuse.codegen.kernels.forward import attend, finish
+from flashfuse.codegen.kernels.forward import attend, finish, is_low
 from flashfuse.codegen.kernels.plain_score import FACTOR, HAS_SINK, SCALE, key_range, named, sink_score  # SPLICE
 from flashfuse.codegen.kernels.tiles import block_aligned, without_gap
 
@@ -19,12 +23,17 @@ def flashfuse_decode(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """parts `[B * H * M, splits, E]`, not divided yet, and their largest scores and sums `[2, B * H * M, splits]`, float32.
 
     The grid is (splits * B * H / pack,): a program has all queries of `pack` heads of one group and a share of the keys.
     `rows` is B * H * M.
     """
+    if PDL:
+        # A hint alone: what the next kernel reads is ordered by its own wait. It takes no place from this one's programs,
+        # since it starts when all of them have come here.
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0) % splits
     packs = H // pack
     b = tl.program_id(0) // splits // packs
@@ -64,13 +73,46 @@ def flashfuse_decode(
     tl.store(parts + place[:, None] * E + column, acc, mask=inside[:, None] & (column < E))
 
 
+@triton.jit
+def attend_low(
+    query, key, value, out, stats, inputs, query_m, key_n, value_n, out_m, b, h, m, M, N, plane,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A low row by the whole program over all keys, stored; pointers are to the row and to its head's keys and values."""
+    lane = tl.arange(0, 16)  # the fewest rows of a product
+    only = lane == 0
+    row = m + tl.zeros([16], tl.int32)
+    inside = tl.full([16], 1, tl.int1)  # all lanes have the same, real indices; the first alone is stored
+    column = tl.arange(0, D_PAD)[None, :]
+    q = tl.load(query + lane[:, None] * query_m + column, mask=only[:, None] & (column < D), other=0.0)
+    total = tl.zeros([16], tl.float32)
+    top = tl.full([16], float("-inf"), tl.float32)
+    if HAS_SINK:
+        top = sink_score(b, h, row, inside, M, N, inputs) + tl.zeros([16], tl.float32)
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc, total, top = attend(
+        tl.zeros([16, E_PAD], tl.float32), total, top, q, key, key_n, value, value_n, 0, N, 0, 0, 0, 0,
+        b, h, row[:, None], inside[:, None], M, N, inputs,
+        D, E, D_PAD, E_PAD, BLOCK_N, False, False, True, True, PRECISION, False,
+    )  # fmt: skip
+    finish(
+        acc, total, top, out, out_m, stats + lane, plane, only, only,
+        E, E_PAD, 16, HAS_MASK, PLANES, EMPTY_ZERO, True,
+    )  # fmt: skip
+
+
 @triton.jit(repr=named("flashfuse_combine"))
 def flashfuse_combine(
-    parts, part_stats, out, stats, inputs, out_b, out_h, out_m, H, M, N, plane, splits,
-    E: tl.constexpr, E_PAD: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr,
+    query, key, value, parts, part_stats, out, stats, inputs,
+    query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m, H, GROUP, M, N, plane, splits,
+    D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from the parts; the grid is (B * H * M,). SPLITS holds `splits`."""
+    """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from the parts; the grid is (B * H * M,). SPLITS holds `splits`.
+
+    Rows too low for their mask are computed here too, from the whole program.
+    """
     place = tl.program_id(0)
     b = place // M // H
     h = place // M % H
@@ -79,6 +121,10 @@ def flashfuse_combine(
     column = tl.arange(0, E_PAD)[None, :]
     place_wide = tl.cast(place, tl.int64)
     part = place_wide * splits + split
+    if PDL:
+        # Before any access to memory: returns when the grid before has ended and all that it wrote can be seen. Every
+        # program must come here, or this grid could end, and the next kernel start, before that one has ended.
+        tl.extra.cuda.gdc_wait()
     top = tl.load(part_stats + part, mask=split < splits, other=float("-inf"))
     total = tl.load(part_stats + tl.cast(plane, tl.int64) * splits + part, mask=split < splits, other=0.0)
     acc = tl.load(parts + part[:, None] * E + column, mask=(split < splits)[:, None] & (column < E), other=0.0)
@@ -93,8 +139,22 @@ def flashfuse_combine(
     if HAS_SINK:
         total += tl.exp2((sink - finite) * FACTOR)
     out += tl.cast(b, tl.int64) * out_b + tl.cast(h, tl.int64) * out_h + tl.cast(m, tl.int64) * out_m
+    stats += place_wide + tl.arange(0, 1)
     inside = tl.full([1], 1, tl.int1)
-    finish(
-        acc, total, higher, out, out_m, stats + place_wide + tl.arange(0, 1), plane, inside, inside,
-        E, E_PAD, 1, HAS_MASK, PLANES, EMPTY_ZERO, False,
-    )  # fmt: skip
+    low = 0
+    if HAS_MASK and PLANES == 2:
+        low = tl.max(is_low(higher * SCALE, total).to(tl.int32), 0)
+    if low == 0:
+        finish(
+            acc, total, higher, out, out_m, stats, plane, inside, inside,
+            E, E_PAD, 1, HAS_MASK, PLANES, EMPTY_ZERO, False,
+        )  # fmt: skip
+    if HAS_MASK and PLANES == 2:
+        if low != 0:
+            query += tl.cast(b, tl.int64) * query_b + tl.cast(h, tl.int64) * query_h + tl.cast(m, tl.int64) * query_m
+            key += tl.cast(b, tl.int64) * key_b + tl.cast(h // GROUP, tl.int64) * key_g
+            value += tl.cast(b, tl.int64) * value_b + tl.cast(h // GROUP, tl.int64) * value_g
+            attend_low(
+                query, key, value, out, stats, inputs, query_m, key_n, value_n, out_m, b, h, m, M, N, plane,
+                D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK, PLANES, EMPTY_ZERO, PRECISION,
+            )  # fmt: skip

@@ -90,6 +90,12 @@ def attend(
 
 
 @triton.jit
+def is_low(top, total):
+    """Whether rows with these largest scores, in natural units, and sums must be computed from the whole program."""
+    return ((top > LOW_SCORE) == 0) | (total != total)
+
+
+@triton.jit
 def finish(
     acc, total, top, out, out_m, stats, plane, inside, low_rows,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -104,7 +110,7 @@ def finish(
         top = top * SCALE
         sums = top + tl.log(total)
         if PLANES == 2:
-            low_rows = ((top > LOW_SCORE) == 0) | (total != total)
+            low_rows = is_low(top, total)
             shift = tl.where(low_rows, tl.where(total != total, total, top), 0.0)
             if not HAS_MASK:
                 sums = tl.where(low_rows, 0.0, top) + tl.log(total)

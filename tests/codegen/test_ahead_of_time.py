@@ -60,7 +60,7 @@ def test_real_launches_compile(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     cases = ["plain_one", "plain_gqa", "documents_causal", "row_and_column", "bias_causal", "sinks_rows", "dropout_low_rows",
-             "diagonals"]  # fmt: skip
+             "diagonals", "decode_nothing_finite"]  # fmt: skip
     command = [sys.executable, str(SCRIPT.with_name("compile_launches.py")), "sm_90", "bf16", *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -68,4 +68,5 @@ def test_real_launches_compile(tmp_path: Path) -> None:
     assert set(done.stdout.split()) - set(cases) == {
         "flashfuse_forward", "flashfuse_grad_query", "flashfuse_grad_key_value", "flashfuse_grad_capture",
         "flashfuse_grad_diagonals", "flashfuse_add_low_queries", "flashfuse_block_bounds", "flashfuse_block_table",
+        "flashfuse_decode", "flashfuse_combine:waits",
     }  # fmt: skip
