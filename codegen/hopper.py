@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashfuse.codegen import kernel_choice, ptxas
+from flashfuse.codegen import hopper_order, kernel_choice, ptxas
 from flashfuse.codegen.hopper_tiles import ROWS, SERVED, Dims, HopperTile, draws, kind_of, parts, row_of, tiles_of
 from flashfuse.codegen.load import kernel_module, remembered
 from flashfuse.ir.attention_spec import EmptyRows
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashfuse")
 
-_L2_BYTES = 16 << 20  # of keys and values that the tiles under way may read: a third of an H100's L2 cache
 _LEAST_KEYS = 512
 _LEAST_FILL = 0.6  # tiles a multiprocessor
 _MOST_SPILLED = 512  # bytes a thread; they lie where blocks are masked and where a tile begins
@@ -200,12 +199,13 @@ def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile, programs: i
     table = call.table
     tiles = -(-call.M // tile.block_m) * call.B * call.H
     staged = tile.staged and describable(out)
+    programs = min(tiles, programs or multiprocessors(call.query.device))
     module = kernel_module(call.spec, fast_tanh=True, hopper=True)
     return call.run(
-        module.flashfuse_hopper_forward, min(tiles, programs or multiprocessors(call.query.device)),
+        module.flashfuse_hopper_forward, programs,
         *descriptors(call.query, ROWS), *descriptors(call.key, tile.block_n), *descriptors(call.value, tile.block_n),
         *(descriptors(out, ROWS) if staged else (out, None)), stats, table.tensor, call.inputs,
-        *call.strides(out), *table.strides, call.B, *call.shape, section(call), call.plane,
+        *call.strides(out), *table.strides, call.B, *call.shape, section(call, tile, programs), call.plane,
         D=call.D, E=call.E, BLOCK_N=tile.block_n, CONSUMERS=tile.consumers, STAGES=tile.stages, QUERIES=tile.queries,
         REGISTERS=tile.registers, TABLE_ROWS=table.rows,
         EVEN=call.N % tile.block_n == 0, HAS_MASK=call.masked, PLANES=call.spec.planes,
@@ -213,18 +213,13 @@ def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile, programs: i
     )  # fmt: skip
 
 
-def section(call: Call) -> int:
+def section(call: Call, tile: HopperTile, programs: int) -> int:
     """Heads whose tiles are taken together (see the kernel's `tile_of`); one where all tiles are as long as each other."""
     if not call.masked:
         return 1
     bytes_a_head = call.N * (call.D + call.E) * call.key.element_size() * call.G // call.H
-    return section_of(call.B * call.H, bytes_a_head)
-
-
-def section_of(heads: int, bytes_a_head: int) -> int:
-    """As many of the heads, all in equal sections, as the L2 cache holds of what each of them reads; at least one."""
-    most = max(1, min(_L2_BYTES // max(bytes_a_head, 1), heads))
-    return next(number for number in range(most, 0, -1) if heads % number == 0)
+    blocks = -(-call.M // tile.block_m)
+    return hopper_order.heads_of_section(call.B * call.H, bytes_a_head, blocks, programs, tile.block_m / tile.block_n)
 
 
 def distrust(device: torch.device, tile: HopperTile, dims: Dims, dropout: bool = False) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashfuse.codegen import hopper, kernel_choice
+from flashfuse.codegen import hopper, hopper_order, kernel_choice
 from flashfuse.codegen.capture_gradients import elements_read
 from flashfuse.codegen.hopper_tiles import draws, kind_of
 from flashfuse.codegen.load import kernel_module
@@ -154,4 +154,4 @@ def section(call: Call) -> int:
     if not call.masked:
         return 1
     bytes_a_head = call.M * (call.H // call.G) * (call.D + call.E) * call.query.element_size()
-    return hopper.section_of(call.B * call.G, bytes_a_head)
+    return hopper_order.heads_that_fit(call.B * call.G, bytes_a_head)

@@ -19,7 +19,7 @@ from cases import CASES
 from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
-from flashfuse.codegen import hopper, hopper_check, hopper_tiles, kernel_choice, launch, load, ptxas
+from flashfuse.codegen import hopper, hopper_check, hopper_order, hopper_tiles, kernel_choice, launch, load, ptxas
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
@@ -76,14 +76,31 @@ class ShownAsCuda(torch.Tensor):
 
 
 def test_sections_divide_the_heads_and_fit_the_cache() -> None:
-    key = torch.zeros(1, dtype=torch.bfloat16)
     for heads in (1, 7, 12, 32, 128):
-        for length in (512, 2048, 65536):
-            call = a_call(masked=True, B=1, H=heads, G=heads, N=length, D=128, E=128, key=key)
-            number = hopper.section(call)
+        for bytes_a_head in (1 << 18, 1 << 20, 1 << 25):
+            number = hopper_order.heads_that_fit(heads, bytes_a_head)
             assert heads % number == 0
-            assert number == 1 or number * length * 512 <= hopper._L2_BYTES
-    assert hopper.section(a_call(masked=False, B=1, H=8, G=8, N=512, D=64, E=64, key=key)) == 1
+            assert number == 1 or number * bytes_a_head <= hopper_order.L2_BYTES
+    call = a_call(masked=False, B=1, H=8, G=8, N=512, D=64, E=64, key=torch.zeros(1, dtype=torch.bfloat16))
+    assert hopper.section(call, TILES[(64, 64)][0], 132) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384, 32768])
+def test_sections_load_all_programs_evenly(head_dim: int, length: int) -> None:
+    heads, tile, programs = max(16384 // length, 1) * 2048 // head_dim, TILES[(head_dim, head_dim)][0], 132
+    call = a_call(masked=True, B=1, H=heads, G=heads, M=length, N=length, D=head_dim, E=head_dim,
+                  key=torch.zeros(1, dtype=torch.bfloat16))  # fmt: skip
+    number = hopper.section(call, tile, programs)
+    assert heads % number == 0
+    load = hopper_order.evenness(heads, number, -(-length // tile.block_m), programs, tile.block_m / tile.block_n)
+    assert load > 0.92
+    assert number * length * 4 * head_dim <= 2 * hopper_order.L2_BYTES
+
+
+def test_sections_in_step_with_the_programs_would_be_uneven() -> None:
+    assert hopper_order.evenness(64, 8, 16, 132, 2) < 0.7  # 128 tiles a section: head dim 256, 2048 keys
+    assert hopper_order.heads_of_section(64, 2 << 20, 16, 132, 2) == 2
 
 
 def test_kinds_of_specs_have_tiles_of_their_own() -> None:
