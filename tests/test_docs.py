@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_every_option_is_documented():
                       for path in (ROOT / folder).rglob("*.py"))  # fmt: skip
     read = set(re.findall(r'environ\.get\("(FLASHFUSE_\w+)"', sources))
     assert read == set(re.findall(r"`(FLASHFUSE_\w+?)=", text.split("## Environment")[1].split("##")[0]))
+
+
+def test_the_page_of_measurements_is_the_results_files():
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    page = (DOCS / "measurements.md").read_text(encoding="utf-8")
+    assert page == tables.written(page), "python benchmarks/tables.py --write"
+    assert page.count("| plain, 8192 |") == 2
 
 
 def test_the_measured_tables_are_the_results_files():
