@@ -22,6 +22,7 @@ from torch import Tensor
 from flashfuse.codegen import hopper_order, kernel_choice, ptxas
 from flashfuse.codegen.hopper_tiles import ROWS, SERVED, Dims, HopperTile, draws, kind_of, parts, row_of, tiles_of
 from flashfuse.codegen.load import kernel_module, remembered
+from flashfuse.codegen.order import bytes_of_keys, order_of
 from flashfuse.ir.attention_spec import EmptyRows
 
 if TYPE_CHECKING:
@@ -200,16 +201,19 @@ def launch(call: Call, out: Tensor, stats: Tensor, tile: HopperTile, programs: i
     tiles = -(-call.M // tile.block_m) * call.B * call.H
     staged = tile.staged and describable(out)
     programs = min(tiles, programs or multiprocessors(call.query.device))
+    order = order_of(call, call.H, bytes_of_keys(call))
     module = kernel_module(call.spec, fast_tanh=True, hopper=True)
     return call.run(
         module.flashfuse_hopper_forward, programs,
         *descriptors(call.query, ROWS), *descriptors(call.key, tile.block_n), *descriptors(call.value, tile.block_n),
         *(descriptors(out, ROWS) if staged else (out, None)), stats, table.tensor, call.inputs,
-        *call.strides(out), *table.strides, call.B, *call.shape, section(call, tile, programs), call.plane,
+        *call.strides(out), *table.strides, call.B, *call.shape,
+        max(section(call, tile, programs), order.section), call.plane,
         D=call.D, E=call.E, BLOCK_N=tile.block_n, CONSUMERS=tile.consumers, STAGES=tile.stages, QUERIES=tile.queries,
         REGISTERS=tile.registers, TABLE_ROWS=table.rows,
         EVEN=call.N % tile.block_n == 0, HAS_MASK=call.masked, PLANES=call.spec.planes,
-        SHIFTED=call.constants["SHIFTED"], EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, STAGED=staged, num_warps=4,
+        SHIFTED=call.constants["SHIFTED"], EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, STAGED=staged,
+        SWAPPED=order.swapped, num_warps=4,
     )  # fmt: skip
 
 
@@ -217,9 +221,8 @@ def section(call: Call, tile: HopperTile, programs: int) -> int:
     """Heads whose tiles are taken together (see the kernel's `tile_of`); one where all tiles are as long as each other."""
     if not call.masked:
         return 1
-    bytes_a_head = call.N * (call.D + call.E) * call.key.element_size() * call.G // call.H
     blocks = -(-call.M // tile.block_m)
-    return hopper_order.heads_of_section(call.B * call.H, bytes_a_head, blocks, programs, tile.block_m / tile.block_n)
+    return hopper_order.heads_of_section(call.B * call.H, bytes_of_keys(call), blocks, programs, tile.block_m / tile.block_n)
 
 
 def distrust(device: torch.device, tile: HopperTile, dims: Dims, dropout: bool = False) -> str:

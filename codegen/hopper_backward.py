@@ -17,6 +17,7 @@ from flashfuse.codegen import hopper, hopper_order, kernel_choice
 from flashfuse.codegen.capture_gradients import elements_read
 from flashfuse.codegen.hopper_tiles import draws, kind_of
 from flashfuse.codegen.load import kernel_module
+from flashfuse.codegen.order import bytes_of_queries, order_of
 
 if TYPE_CHECKING:
     from flashfuse.codegen.launch import Call
@@ -129,6 +130,7 @@ def launch(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor,
     )  # fmt: skip
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     box = [1, BLOCK_M, SUMMED]
+    order = order_of(call, call.G, bytes_of_queries(call))
     compiled = call.run(
         module.flashfuse_hopper_backward, -(-call.N // BLOCK_N) * call.B * call.G,
         hopper.descriptor(call.query, BLOCK_M, head_dim), hopper.descriptor(call.key, BLOCK_N, head_dim),
@@ -138,9 +140,9 @@ def launch(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor,
             grad_sum, list(grad_sum.shape), list(grad_sum.stride()), box, gl.NVMMASharedLayout.get_default_for(box, gl.float32)
         ),
         grad_key, grad_value, call.inputs, *call.strides(grad_key, grad_value),
-        call.B, call.H, call.G, call.M, call.N, section(call),
+        call.B, call.H, call.G, call.M, call.N, max(section(call), order.section),
         D=call.D, E=call.E, BLOCK_M=BLOCK_M, STAGES=STAGES, REGISTERS=REGISTERS,
-        EVEN=call.M % BLOCK_M == 0 and call.N % BLOCK_N == 0, HAS_MASK=call.masked, num_warps=4,
+        EVEN=call.M % BLOCK_M == 0 and call.N % BLOCK_N == 0, HAS_MASK=call.masked, SWAPPED=order.swapped, num_warps=4,
     )  # fmt: skip
     call.run(
         module.flashfuse_hopper_round, rows_padded // _PREPARED * heads,
@@ -153,5 +155,4 @@ def section(call: Call) -> int:
     """Heads of keys whose blocks are taken together: their queries and gradients fit the L2 cache; one without a mask."""
     if not call.masked:
         return 1
-    bytes_a_head = call.M * (call.H // call.G) * (call.D + call.E) * call.query.element_size()
-    return hopper_order.heads_that_fit(call.B * call.G, bytes_a_head)
+    return hopper_order.heads_that_fit(call.B * call.G, bytes_of_queries(call))

@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 from flashfuse.codegen import decode, hopper, hopper_backward, kernel_choice, tuning
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
 from flashfuse.codegen.launches import Launches, interpreting
+from flashfuse.codegen.order import bytes_of_keys, bytes_of_queries, order_of
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
 from flashfuse.codegen.range_tables import Table, write_table
 from flashfuse.codegen.range_tables import block_ranges as block_ranges  # `attention_op` finds it here
@@ -355,11 +356,12 @@ def _blocks(length: int, block: int) -> int:
 
 def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
     table = call.no_table if low else call.table
+    order = order_of(call, call.H, bytes_of_keys(call))
     return call.start(
         "flashfuse_forward", _blocks(call.M, tile.block_m) * call.B * call.H,
         call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
-        *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane,
-        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low,
+        *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane, order.section,
+        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SWAPPED=order.swapped,
         EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO,
         **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
@@ -371,13 +373,14 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
     blocks = _blocks(call.M, tile.block_m)
     if not low:
         call.flags = call.empty((call.B, call.H, blocks), torch.int32) if call.low_rows else call.delta
+    order = order_of(call, call.H, bytes_of_keys(call))
     return call.start(
         "flashfuse_grad_query", blocks * call.B * call.H,
         call.query, call.key, call.value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
         call.delta if partial is None else partial, call.delta if call.grad_stats is None else call.grad_stats, call.inputs,
         *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
-        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
-        EXACT_DELTA=not low and gradients.summed, GRAD_STATS=call.grad_stats is not None,
+        order.section, TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
+        EXACT_DELTA=not low and gradients.summed, GRAD_STATS=call.grad_stats is not None, SWAPPED=order.swapped,
         **call.constants, BRANCH=tile.branch, **_options(tile),
     )  # fmt: skip
 
@@ -385,14 +388,15 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
 def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
     """The compiled kernel; of two, the one that spills more."""
     table = call.table
+    order = order_of(call, call.G, bytes_of_queries(call))
     compiled = [
         call.start(
             "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
             call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
             grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
             *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
-            *call.shape, call.plane, call.B * call.H * call.N,
-            TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None,
+            *call.shape, call.plane, call.B * call.H * call.N, order.section,
+            TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None, SWAPPED=order.swapped,
             **call.constants, BRANCH=tile.branch, KEY="k" in wanted, VALUE="v" in wanted, **_options(tile),
         )
         for wanted in (("k", "v") if tile.split else ("kv",))

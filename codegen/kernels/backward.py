@@ -34,7 +34,7 @@ from flashfuse.codegen.kernels.plain_score import (
     weight_gradient,
     weighted,
 )  # SPLICE
-from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, past_gap, store_tile, with_table, without_gap
+from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, owned, past_gap, store_tile, with_table, without_gap
 
 
 @triton.jit
@@ -156,11 +156,11 @@ def descend_keys(
 def flashfuse_grad_query(
     query, key, value, out, grad_out, stats, delta, flags, table, grad_query, partial, grad_stats, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
-    grad_b, grad_h, grad_m, dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane,
+    grad_b, grad_h, grad_m, dq_b, dq_h, dq_m, table_b, table_h, H, GROUP, M, N, plane, section,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
-    EXACT_DELTA: tl.constexpr, GRAD_STATS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    EXACT_DELTA: tl.constexpr, GRAD_STATS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
@@ -169,10 +169,9 @@ def flashfuse_grad_query(
     second launch, for the low rows, by the whole program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b = head // H
-    h = head % H
+    block, b, h = owned(blocks, H, section, SWAPPED)
+    head = b * H + h
+    first = (blocks - 1 - block) * BLOCK_M
     b_wide = tl.cast(b, tl.int64)
     h_wide = tl.cast(h, tl.int64)
     g_wide = tl.cast(h // GROUP, tl.int64)
@@ -337,22 +336,18 @@ def descend_low_queries(
 def flashfuse_grad_key_value(
     query, key, value, grad_out, stats, delta, table, grad_key, grad_value, partial, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, grad_b, grad_h, grad_m,
-    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane,
+    dk_b, dk_g, dk_n, dv_b, dv_g, dv_n, table_b, table_h, H, GROUP, M, N, plane, sum_plane, section,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,).
 
     KEY: compute grad_key and partial; VALUE: compute grad_value. Large head dims take a launch for each.
     """
-    blocks = tl.cdiv(N, BLOCK_N)
-    groups = H // GROUP
-    pair = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_N
-    b = pair // groups
-    g = pair % groups
+    block, b, g = owned(tl.cdiv(N, BLOCK_N), H // GROUP, section, SWAPPED)
+    first = block * BLOCK_N
     b_wide = tl.cast(b, tl.int64)
     g_wide = tl.cast(g, tl.int64)
     first_wide = tl.cast(first, tl.int64)

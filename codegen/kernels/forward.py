@@ -24,6 +24,7 @@ from flashfuse.codegen.kernels.tiles import (
     LOW_SCORE,
     block_aligned,
     load_tile,
+    owned,
     past_gap,
     store_tile,
     with_table,
@@ -127,22 +128,22 @@ def finish(
 def flashfuse_forward(
     query, key, value, out, stats, table, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m,
-    table_b, table_h, H, GROUP, M, N, plane,
+    table_b, table_h, H, GROUP, M, N, plane, section,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
 
-    TABLE_ROWS: how many queries a row of the range table stands for; 0 without a table. EVEN: BLOCK_N divides N. LOW: a
-    second launch, which computes the rows that the first one found too low for its mask from the whole program.
+    `section` and SWAPPED: the order of programs (see `tiles.owned`). TABLE_ROWS: how many queries a row of the range table stands
+    for; 0 without a table. EVEN: BLOCK_N divides N. LOW: a second launch, which computes the rows that the first one found too
+    low for its mask from the whole program.
     """
     blocks = tl.cdiv(M, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # later queries see more keys: start them first
-    b = head // H
-    h = head % H
+    block, b, h = owned(blocks, H, section, SWAPPED)
+    head = b * H + h
+    first = (blocks - 1 - block) * BLOCK_M  # later queries see more keys: start them first
     b_wide = tl.cast(b, tl.int64)
     h_wide = tl.cast(h, tl.int64)
     g_wide = tl.cast(h // GROUP, tl.int64)

@@ -114,30 +114,36 @@ def queries_of(first, b, h, M, N, inputs, BLOCK_M: gl.constexpr, BLOCK_N: gl.con
 
 
 @gluon.jit
-def block_of(blocks, heads, section, BLOCK_N: gl.constexpr):
-    """The first key and the head (`b * G + g`) of this program: by sections of heads, the first blocks of keys first.
+def block_of(blocks, B, G, section, BLOCK_N: gl.constexpr, SWAPPED: gl.constexpr):
+    """The first key, the batch and the head of keys of this program: by sections of heads, the first blocks of keys first.
 
-    Under a causal mask those are seen by most queries.
+    Under a causal mask those are seen by most queries. SWAPPED: batches follow each other before heads (see `codegen/order.py`).
     """
+    heads = B * G
     number = gl.program_id(0)
     before = number // (section * blocks) * section
     number -= before * blocks
     here = gl.minimum(heads - before, section)
-    return number // here * BLOCK_N, before + number % here
+    head = before + number % here
+    if SWAPPED:
+        b = head % B
+        g = head // B
+    else:
+        b = head // G
+        g = head % G
+    return number // here * BLOCK_N, b, g
 
 
 @gluon.jit
 def load_queries(
     query, key, value, grad_out, rows, buffers, inputs, lengths,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """The loading partition: keys and values, then queries, output gradients and rows block by block."""
     queries, keys, values, grads, lses, deltas = buffers[:6]
     key_full, query_full, query_empty, grad_full, grad_empty, _ds_full = buffers[8:]
     B, H, G, M, N, section = lengths
-    first, head = block_of((N + BLOCK_N - 1) // BLOCK_N, B * G, section, BLOCK_N)
-    b = head // G
-    g = head % G
+    first, b, g = block_of((N + BLOCK_N - 1) // BLOCK_N, B, G, section, BLOCK_N, SWAPPED)
     group = H // G
     mbarrier.expect(key_full.index(0), key.block_type.nbytes + value.block_type.nbytes)
     tma_load(key, [b, g, first, 0], key_full.index(0), keys)
@@ -165,7 +171,7 @@ def load_queries(
 def differentiate(
     grad_key, grad_value, grad_sum, buffers, inputs, lengths, strides,
     CONSUMER: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """A consuming partition: gradients of 64 keys and values, and a part of the gradients of the queries.
 
@@ -200,9 +206,7 @@ def differentiate(
     summed_keys = own_keys
     if EXCHANGED:
         summed_keys = keys.reshape([BLOCK_N, D_PAD]).slice(first_column, COLUMNS, 1)
-    first, head = block_of((N + BLOCK_N - 1) // BLOCK_N, B * G, section, BLOCK_N)
-    b = head // G
-    g = head % G
+    first, b, g = block_of((N + BLOCK_N - 1) // BLOCK_N, B, G, section, BLOCK_N, SWAPPED)
     group = H // G
     own = first + CONSUMER * OWN
     n = (own + gl.arange(0, OWN, gl.SliceLayout(1, score_layout)))[:, None]
@@ -298,7 +302,7 @@ def flashfuse_hopper_backward(
     query, key, value, grad_out, rows, grad_sum, grad_key, grad_value, inputs,
     key_b, key_g, key_n, value_b, value_g, value_n, B, H, G, M, N, section,
     D: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr,
+    REGISTERS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """Gradients of key and value, and the sum of those of the query, from descriptors of the rest.
 
@@ -330,13 +334,13 @@ def flashfuse_hopper_backward(
     lengths = (B, H, G, M, N, section)
     strides = (key_b, key_g, key_n, value_b, value_g, value_n)
     gl.warp_specialize([
-        (load_queries, (query, key, value, grad_out, rows, buffers, inputs, lengths, BLOCK_M, BLOCK_N, STAGES)),
+        (load_queries, (query, key, value, grad_out, rows, buffers, inputs, lengths, BLOCK_M, BLOCK_N, STAGES, SWAPPED)),
         (differentiate, (
             grad_key, grad_value, grad_sum, buffers, inputs, lengths, strides,
-            0, D, E, BLOCK_M, BLOCK_N, STAGES, EVEN, HAS_MASK,
+            0, D, E, BLOCK_M, BLOCK_N, STAGES, EVEN, HAS_MASK, SWAPPED,
         )),
         (differentiate, (
             grad_key, grad_value, grad_sum, buffers, inputs, lengths, strides,
-            1, D, E, BLOCK_M, BLOCK_N, STAGES, EVEN, HAS_MASK,
+            1, D, E, BLOCK_M, BLOCK_N, STAGES, EVEN, HAS_MASK, SWAPPED,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -61,13 +61,15 @@ def turns_of(tiles):
 
 
 @gluon.jit
-def tile_of(turn, blocks, heads, section, BLOCK_M: gl.constexpr):
-    """The first query and the head (`b * H + h`) of the tile that this program takes in a turn.
+def tile_of(turn, blocks, B, H, section, BLOCK_M: gl.constexpr, SWAPPED: gl.constexpr):
+    """The first query, the batch and the head of the tile that this program takes in a turn.
 
     Tiles are numbered section by section: heads whose keys and values fit the L2 cache together. Within a section blocks
     of queries go up or down, in turns, so that lengths change slowly, and down in the last section: under a causal mask the
     shortest tiles come last. Programs take the numbers to and fro, so that none gets the longer tile of each round.
+    SWAPPED: batches follow each other before heads (see `codegen/order.py`).
     """
+    heads = B * H
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     if turn % 2 == 1:
@@ -80,7 +82,14 @@ def tile_of(turn, blocks, heads, section, BLOCK_M: gl.constexpr):
     block = number // here
     if ((heads - 1) // section - at) % 2 == 0:
         block = blocks - 1 - block
-    return block * BLOCK_M, before + number % here
+    head = before + number % here
+    if SWAPPED:
+        b = head % B
+        h = head // B
+    else:
+        b = head // H
+        h = head % H
+    return block * BLOCK_M, b, h
 
 
 @gluon.jit
@@ -130,7 +139,7 @@ def load_rows(source, target, place, b, h, first, full):
 def load(
     query, key, value, buffers, table, inputs, lengths,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr,
-    TABLE_ROWS: gl.constexpr,
+    TABLE_ROWS: gl.constexpr, SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """The loading partition: each tile's queries, then its keys and values block by block."""
     queries, keys, values, _staged, query_full, query_empty, key_full, key_empty, value_full, value_empty = buffers
@@ -138,9 +147,7 @@ def load(
     blocks = (M + BLOCK_M - 1) // BLOCK_M
     step = 0
     for turn in range(turns_of(blocks * B * H)):
-        first, head = tile_of(turn, blocks, B * H, section, BLOCK_M)
-        b = head // H
-        h = head % H
+        first, b, h = tile_of(turn, blocks, B, H, section, BLOCK_M, SWAPPED)
         g = h // GROUP
         lo, count, _full_lo, _full_hi = keys_of(first, b, h, M, N, table, table_b, table_h, inputs, BLOCK_M, BLOCK_N, TABLE_ROWS)
         for consumer in gl.static_range(CONSUMERS):
@@ -293,7 +300,7 @@ def attend(
     out, stats, buffers, table, inputs, lengths, out_strides, plane,
     CONSUMER: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     QUERIES: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr, HAS_MASK: gl.constexpr, PLANES: gl.constexpr,
-    SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
+    SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr, SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """A consuming partition: 64 rows of each tile.
 
@@ -315,9 +322,7 @@ def attend(
     blocks = (M + BLOCK_M - 1) // BLOCK_M
     step = 0
     for turn in range(turns_of(blocks * B * H)):
-        first, head = tile_of(turn, blocks, B * H, section, BLOCK_M)
-        b = head // H
-        h = head % H
+        first, b, h = tile_of(turn, blocks, B, H, section, BLOCK_M, SWAPPED)
         lo, count, _full_lo, _full_hi = keys_of(first, b, h, M, N, table, table_b, table_h, inputs, BLOCK_M, BLOCK_N, TABLE_ROWS)
         first += CONSUMER * ROWS
         own_lo, own_count, full_lo, full_hi = keys_of(
@@ -384,7 +389,7 @@ def attend(
         else:
             mbarrier.arrive(query_empty.index(place), count=1)
         step = pass_over(step, after, key_full, key_empty, value_full, value_empty, STAGES)
-        acc = finish(acc, total, top, stats + head.to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO)
+        acc = finish(acc, total, top, stats + (b * H + h).to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO)
         if STAGED:
             tma_store_wait(0)  # what the last tile stored has been read
             stage_rows(out[0], staged[0], CONSUMER, acc[0].to(dtype), b, h, first, 0)
@@ -440,6 +445,7 @@ def flashfuse_hopper_forward(
     D: gl.constexpr, E: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     QUERIES: gl.constexpr, REGISTERS: gl.constexpr, TABLE_ROWS: gl.constexpr, EVEN: gl.constexpr,
     HAS_MASK: gl.constexpr, PLANES: gl.constexpr, SHIFTED: gl.constexpr, EMPTY_ZERO: gl.constexpr, STAGED: gl.constexpr,
+    SWAPPED: gl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from descriptors of query, key and value.
 
@@ -470,32 +476,34 @@ def flashfuse_hopper_forward(
     if CONSUMERS == 2:  # the list must be a literal
         gl.warp_specialize([
             (load, (
-                query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS,
+                query, key, value, buffers, table, inputs, lengths,
+                BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS, SWAPPED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED, SWAPPED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED, SWAPPED,
             )),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (load, (
-                query, key, value, buffers, table, inputs, lengths, BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS,
+                query, key, value, buffers, table, inputs, lengths,
+                BLOCK_M, BLOCK_N, CONSUMERS, STAGES, QUERIES, TABLE_ROWS, SWAPPED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                0, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED, SWAPPED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                1, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED, SWAPPED,
             )),
             (attend, (
                 out, stats, buffers, table, inputs, lengths, strides, plane,
-                2, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED,
+                2, E, BLOCK_M, BLOCK_N, STAGES, QUERIES, TABLE_ROWS, EVEN, HAS_MASK, PLANES, SHIFTED, EMPTY_ZERO, STAGED, SWAPPED,
             )),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -12,6 +12,26 @@ LOW_SCORE = tl.constexpr(-1.5e4)  # rows whose largest kept score is not above t
 
 
 @triton.jit
+def owned(blocks, heads, section, SWAPPED: tl.constexpr):
+    """The block, the batch and the head of this program, of `blocks` a head and `heads` a batch.
+
+    A block of `section` heads follow each other, then the next block. SWAPPED: heads are counted `h * B + b`, not
+    `b * H + h` (see `codegen/order.py`).
+    """
+    whole = blocks * section
+    number = tl.program_id(0) % whole
+    head = tl.program_id(0) // whole * section + number % section
+    if SWAPPED:
+        batches = tl.num_programs(0) // (blocks * heads)
+        b = head % batches
+        h = head // batches
+    else:
+        b = head // heads
+        h = head % heads
+    return number // section, b, h
+
+
+@triton.jit
 def load_tile(pointer, stride, rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr):
     """`[BLOCK, PAD]` elements from `pointer`, zero beyond `rows` (if EDGE) and beyond DIM columns."""
     row = tl.arange(0, BLOCK)[:, None]

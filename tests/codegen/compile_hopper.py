@@ -33,7 +33,7 @@ def compile_forward(spec: AttentionSpec, dtype: str, dims: Dims, tile: HopperTil
         "REGISTERS": tile.registers, "TABLE_ROWS": BLOCK if spec.certainty is not None else 0, "EVEN": even,
         "HAS_MASK": spec.split.keep is not None, "PLANES": spec.planes,
         "SHIFTED": spec.planes == 2 and spec.split.keep is None, "EMPTY_ZERO": spec.empty_rows is EmptyRows.ZERO,
-        "STAGED": tile.staged,
+        "STAGED": tile.staged, "SWAPPED": False,
     }  # fmt: skip
     types = {"stats": "*fp32", "table": "*i32", "inputs": inputs_of(spec), **dict.fromkeys(constants, "constexpr")}
     rows = {"query": (hopper_tiles.ROWS, D), "key": (tile.block_n, D), "value": (tile.block_n, E), "out": (hopper_tiles.ROWS, E)}
@@ -55,7 +55,7 @@ def compile_backward(spec: AttentionSpec, dtype: str, head_dim: int, even: bool)
     function = kernel_module(spec, fast_tanh=True, hopper=True).flashfuse_hopper_backward
     constants = {
         "D": head_dim, "E": head_dim, "BLOCK_M": hopper_backward.BLOCK_M, "STAGES": hopper_backward.STAGES,
-        "REGISTERS": hopper_backward.REGISTERS, "EVEN": even, "HAS_MASK": spec.split.keep is not None,
+        "REGISTERS": hopper_backward.REGISTERS, "EVEN": even, "HAS_MASK": spec.split.keep is not None, "SWAPPED": False,
     }  # fmt: skip
     rows, keys = (described(dtype, length, head_dim) for length in (hopper_backward.BLOCK_M, hopper_backward.BLOCK_N))
     sums = [1, hopper_backward.BLOCK_M, hopper_backward.SUMMED]
