@@ -117,8 +117,8 @@ def random_bits(seed, b, h, m, n):
     ROWS: tl.constexpr = w0.shape[0]
     COLUMNS: tl.constexpr = w0.shape[1]
     if n.shape[0] == 1:
-        pairs = tl.join(tl.cast(w1, tl.uint64) << 32 | w0, tl.cast(w3, tl.uint64) << 32 | w2)  # bit 0 of the columns
-        words = tl.join(tl.cast(pairs, tl.uint32), tl.cast(pairs >> 32, tl.uint32))  # bit 3 of the columns
+        pairs = tl.join(tl.cast(w0, tl.uint64) << 32 | w1, tl.cast(w2, tl.uint64) << 32 | w3)  # bit 0 of the columns
+        words = tl.join(tl.cast(pairs >> 32, tl.uint32), tl.cast(pairs, tl.uint32))  # bit 3 of the columns
         halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS // 8, 8, COLUMNS // 4, 4, 2, 2, 2])  # bit 3 of the rows
         bits = tl.reshape(tl.permute(halves, (0, 6, 1, 2, 5, 3, 4)), [2 * ROWS, 4 * COLUMNS])
     else:
