@@ -64,9 +64,11 @@ def copy_gigabytes_a_second() -> float:
 def apart() -> Iterator[None]:
     """Without programmatic dependent launch."""
     replay.forget()
-    with mock.patch.object(decode, "may_overlap", return_value=False):
-        yield
-    replay.forget()
+    try:
+        with mock.patch.object(decode, "may_overlap", return_value=False):
+            yield
+    finally:
+        replay.forget()
 
 
 def graph_ms(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> float:

@@ -50,7 +50,7 @@ def lift_weight(lifter: Lifter, frame: Frame) -> Value | None:
 
 def with_dropout(lifter: Lifter, path: tuple[fx.Node, ...], node: fx.Node, value: Value, rate: Any, index: Index) -> Value:
     """`value`, a probability at `index`, after dropout at `node` on their `path`. Refuses FF401, FF402 where that is not so."""
-    if not isinstance(rate, (int, float)):
+    if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:  # eager code raises an error, which must stay
         raise Refused("FF402", node, f"dropout with p={rate!r}")
     if rate == 0:
         return value

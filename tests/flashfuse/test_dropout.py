@@ -222,6 +222,21 @@ def test_what_dropout_drew_is_gone_from_the_graph() -> None:
     assert sum("randint" in name for name in names) == 1
 
 
+@pytest.mark.parametrize("rate", [1.5, -0.1])
+@pytest.mark.parametrize("function", [torch.dropout, F.scaled_dot_product_attention], ids=["dropout", "sdpa"])
+def test_rates_that_eager_refuses_stay_errors(function: Callable[..., Tensor], rate: float) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if function is torch.dropout:
+            return torch.dropout((q @ k.mT).softmax(-1), rate, True) @ v
+        near = (torch.arange(S)[:, None] - torch.arange(S)[None]).abs() < 1000
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=near, dropout_p=rate)
+
+    for code in (run, torch.compile(run, backend="flashfuse", options=INNER)):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            code(*qkv())
+    assert fused() == 0
+
+
 def test_no_dropout_draws_nothing() -> None:
     inputs = qkv()
     compiled = torch.compile(attention, backend="flashfuse", options=INNER)
