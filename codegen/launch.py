@@ -424,7 +424,8 @@ def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> Any:
         "flashfuse_grad_capture", tiles * kept_b * kept_h,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
-        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, **call.constants, **_options(tile),
+        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture,
+        EVEN=call.M % tile.block_m == 0 and call.N % tile.block_n == 0, **call.constants, **_options(tile),
     )  # fmt: skip
 
 
@@ -436,6 +437,7 @@ def _grad_diagonals(call: Call, tile: Tile, capture: int, gradients: CaptureBuff
         "flashfuse_grad_diagonals", count * kept_b * kept_h,
         call.query, call.key, call.value, call.grad_out, call.stats, call.delta, strips, call.inputs,
         *call.strides(call.query, call.key, call.value, call.grad_out), *call.shape, call.plane,
-        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, BLOCK=block, **call.constants,
+        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, BLOCK=block,
+        EVEN=call.M % block == 0 and call.N % block == 0, **call.constants,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
