@@ -137,7 +137,7 @@ def kernel_plan(
     bucket = next(size for size in (64, 128, 256, 512) if head_dim <= size)
     architecture = "sm_90" if capability[0] == 9 else "sm_80"
     forward, grad_query, grad_key_value = (row + _LAST for row in _TABLE[(architecture, itemsize, bucket)])
-    grad_capture = _GRAD_CAPTURE_512 if bucket == 512 else _GRAD_CAPTURE
+    grad_capture: tuple[Tile, ...] = _GRAD_CAPTURE_512 if bucket == 512 else _GRAD_CAPTURE
     if architecture == "sm_90" and itemsize == 2 and bucket <= 128:
         grad_capture = _GRAD_CAPTURE_SM90
     return KernelPlan(forward, grad_query, grad_key_value, grad_capture + _LAST, _DECODE, _SPILLS[architecture])
