@@ -94,11 +94,13 @@ class _Writer:
         return f'def named(kernel):\n    return lambda made_for: f"{name}"'
 
     def constants(self) -> str:
+        ahead = bool(self.loads_at_keys(self.kept))
         return "\n".join(
             [
                 f"SCALE = tl.constexpr({self.scale!r})  # natural units in a unit of what `kept_score` returns",
                 f"FACTOR = tl.constexpr({self.scale * math.log2(math.e)!r})  # SCALE * log2(e)",
                 f"HAS_SINK = tl.constexpr({self.spec.sink is not None})  # whether rows have a sink",
+                f"LOADS_AHEAD = tl.constexpr({ahead})  # whether `kept_score` loads elements at keys",
                 f"HAS_GAP = tl.constexpr({self.spec.has_gaps})  # whether ranges of keys or queries can have a gap",
             ]
         )
@@ -122,7 +124,28 @@ class _Writer:
             keep = function_text("keep", _AT, [], "inside_m & inside_n", purpose)
         else:
             keep = self.function("keep", _AT, separated(split.keep) if self.apart else split.keep, purpose)
-        return [score, kept, keep]
+        return [score, kept, keep, *self.loads_ahead()]
+
+    def loads_ahead(self) -> list[str]:
+        """`kept_score` in two steps: its loads at keys, which can be under way while the product is made, and the rest."""
+        heads = (("load_ahead", _AT), ("kept_score_of", f"s, loaded, {_AT}"))
+        purposes = ("What `kept_score` loads at keys, a tuple.", "`kept_score` from what `load_ahead` gave.")
+        program = positions_in_float(self.kept)
+        numbers = self.loads_at_keys(program)
+        if not numbers:
+            nothing = ("(0,)", f"kept_score(s, {_AT})")
+            return [function_text(*h, [], r, purpose) for h, r, purpose in zip(heads, nothing, purposes, strict=True)]
+        loads = ScoreText(_with_results(program, numbers), self.layout, raw=True)
+        rest = ScoreText(program, self.layout, loaded={number: f"loaded[{place}]" for place, number in enumerate(numbers)})
+        return [
+            function_text(*heads[0], loads.lines, f"({', '.join(loads.results())},)", purposes[0]),
+            function_text(*heads[1], rest.lines, f"like({rest.results()[0]}, s)", purposes[1]),
+        ]
+
+    def loads_at_keys(self, program: ScoreProgram) -> tuple[int, ...]:
+        """The loads of a program whose element depends on the key."""
+        statements = enumerate(program.statements)
+        return tuple(number for number, s in statements if s.op == "load" and "n" in index_letters(program, number))
 
     def raw_gradients(self) -> list[str]:
         whole = self.spec.derivative().program

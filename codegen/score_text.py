@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flashfuse.errors import InternalError
@@ -72,7 +72,8 @@ def constant_text(value: object) -> str:
 class ScoreText:
     """The statements of one program. `lines` is the body, `names[i]` what statement i is called.
 
-    `inputs` gives the text of `input` leaves (interval programs only), `grad` that of the incoming gradient.
+    `inputs` gives the text of `input` leaves (interval programs only), `grad` that of the incoming gradient. `loaded` gives
+    the text of loads that were made before, `raw` says that loads are only made: in both, elements are as they lie in memory.
     """
 
     def __init__(
@@ -81,11 +82,15 @@ class ScoreText:
         layout: InputLayout,
         inputs: Callable[[Statement], str] | None = None,
         grad: str = "grad",
+        loaded: Mapping[int, str] | None = None,
+        raw: bool = False,
     ) -> None:
         self.program = program
         self.layout = layout
         self.inputs = inputs
         self.grad = grad
+        self.loaded = loaded or {}
+        self.raw = raw
         self.lines: list[str] = []
         self.names: list[str] = []
         self._taken: set[str] = set(_RESERVED)
@@ -141,6 +146,11 @@ class ScoreText:
     def _load(self, number: int, statement: Statement) -> str:
         capture = int(statement.attribute)  # type: ignore[arg-type]
         name, first = self.layout.names[capture], self.layout.pointer(capture)
+        letters = index_letters(self.program, number)
+        suffix = "".join(letters) or "value"
+        cast = {Kind.FLOAT: ".to(tl.float32)", Kind.BOOL: " != 0", Kind.INT: ""}[statement.kind]
+        if number in self.loaded:
+            return self._assign(f"{name}_{suffix}", f"{self.loaded[number]}{cast}", statement.source)
         terms = [f"inputs[{first}]"]
         order = sorted(range(len(statement.operands)), key=lambda i: self._cost(statement.operands[i]))
         for dimension in order:
@@ -148,11 +158,9 @@ class ScoreText:
             if index.op == "const" and index.attribute == 0:
                 continue
             terms.append(f"offset({self.names[statement.operands[dimension]]}, inputs[{first + 1 + dimension}])")
-        letters = index_letters(self.program, number)
         inside = [f"inside_{letter}" for letter in "mn" if letter in letters]
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        cast = {Kind.FLOAT: ".to(tl.float32)", Kind.BOOL: " != 0", Kind.INT: ""}[statement.kind]
-        suffix = "".join(letters) or "value"
+        cast = "" if self.raw else cast
         return self._assign(f"{name}_{suffix}", f"tl.load({' + '.join(terms)}{mask}){cast}", statement.source)
 
     def _cost(self, number: int) -> int:

@@ -36,10 +36,13 @@ from flashfuse.codegen.kernels.hopper_api import (
 from flashfuse.codegen.kernels.plain_score import (
     FACTOR,
     HAS_SINK,
+    LOADS_AHEAD,
     SCALE,
     keep,
     kept_score,
+    kept_score_of,
     key_range,
+    load_ahead,
     named,
     sink_score,
     weighted,
@@ -214,8 +217,23 @@ def scaled(acc, factor):
 
 
 @gluon.jit
+def elements_of(first, b, h, m, inside_m, column, M, N, inputs, EVEN: gl.constexpr):
+    """What a block's scores are made of besides the product: loads that are under way while that is made."""
+    if LOADS_AHEAD:
+        n = first + column
+        if EVEN:
+            inside_n = gl.full(column.shape, 1, gl.int1, column.type.layout)
+        else:
+            inside_n = n < N
+        loaded = load_ahead(b, h, m, n, inside_m, inside_n, M, N, inputs)
+    else:
+        loaded = (first,)
+    return loaded
+
+
+@gluon.jit
 def soften(
-    s, top, total, first, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
+    s, loaded, top, total, first, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
     MASKED: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
 ):  # fmt: skip
     """A block's unnormalised probabilities, the factor by which older ones shrink, and the rows' new maximum and sum."""
@@ -224,7 +242,10 @@ def soften(
         inside_n = gl.full(column.shape, 1, gl.int1, column.type.layout)
     else:
         inside_n = n < N
-    x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
+    if LOADS_AHEAD:
+        x = kept_score_of(s, loaded, b, h, m, n, inside_m, inside_n, M, N, inputs)
+    else:
+        x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
     if MASKED or not EVEN:
         if (first < full_lo) | (first >= full_hi):
             if MASKED:
@@ -354,24 +375,26 @@ def attend(
         step = pass_over(step, before, key_full, key_empty, value_full, value_empty, STAGES)
         if count > 0:
             stage = step % STAGES
+            loaded = elements_of(lo, b, h, m, inside_m, column, M, N, inputs, EVEN)
             mbarrier.wait(key_full.index(stage), step // STAGES & 1)
             s = warpgroup_mma_wait(0, deps=[scores_of(q, keys, stage, zero)])
             mbarrier.arrive(key_empty.index(stage), count=1)
             p, shrink, top, total = soften(
-                s, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs, HAS_MASK, EVEN, SHIFTED
+                s, loaded, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs, HAS_MASK, EVEN, SHIFTED
             )
             p = gl.convert_layout(p.to(dtype), operand)
             mbarrier.wait(key_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=count > 1)
             for i in range(1, count):
                 last = (step + i - 1) % STAGES
                 stage = (step + i) % STAGES
+                loaded = elements_of(lo + i * BLOCK_N, b, h, m, inside_m, column, M, N, inputs, EVEN)
                 scores = scores_of(q, keys, stage, zero)
                 mbarrier.wait(value_full.index(last), (step + i - 1) // STAGES & 1)
                 products = added(acc, p, values, last)
                 s = warpgroup_mma_wait(len(values), deps=[scores])
                 mbarrier.arrive(key_empty.index(stage), count=1)
                 p, shrink, top, total = soften(
-                    s, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
+                    s, loaded, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
                     HAS_MASK, EVEN, SHIFTED,
                 )  # fmt: skip
                 following = step + i + 1

@@ -15,6 +15,7 @@ from flashfuse.codegen.kernels.maths import like
 SCALE = tl.constexpr(1.0)  # natural units in a unit of what `kept_score` returns
 FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
 HAS_SINK = tl.constexpr(False)  # whether rows have a sink
+LOADS_AHEAD = tl.constexpr(False)  # whether `kept_score` loads elements at keys
 HAS_GAP = tl.constexpr(False)  # whether ranges of keys or queries can have a gap
 
 
@@ -39,6 +40,18 @@ def kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs):
 def keep(b, h, m, n, inside_m, inside_n, M, N, inputs):
     """Whether the mask keeps an element."""
     return inside_m & inside_n
+
+
+@triton.jit
+def load_ahead(b, h, m, n, inside_m, inside_n, M, N, inputs):
+    """What `kept_score` loads at keys, a tuple."""
+    return (0,)
+
+
+@triton.jit
+def kept_score_of(s, loaded, b, h, m, n, inside_m, inside_n, M, N, inputs):
+    """`kept_score` from what `load_ahead` gave."""
+    return kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
 
 
 @triton.jit

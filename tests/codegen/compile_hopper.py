@@ -93,12 +93,20 @@ def overlapping_loops(sass: str) -> int:
     return len(re.findall(r"h+we{32,}w", text))
 
 
+def loads_ahead(sass: str) -> int:
+    """How often a tile's loads stand before the product, not between the wait for it and the exponentials."""
+    letters = {"LDG": "g", "HGMMA": "h", "WARPGROUP.DEPBAR": "w"}
+    text = "".join(letters[word] for word in re.findall(r"LDG|HGMMA|WARPGROUP\.DEPBAR", sass))
+    return len(re.findall(r"g{32,}h+w(?!g)", text))
+
+
 def facts_of(compiled: object, seconds: float) -> dict[str, object]:
     """What a line says of a compiled kernel."""
     found = ptxas.report(compiled.asm["ptx"], "sm_90a")  # type: ignore[attr-defined]
     return {
         "name": compiled.metadata.name, "shared": compiled.metadata.shared, "spilled": found.spilled,  # type: ignore[attr-defined]
-        "advisories": found.advisories, "overlaps": overlapping_loops(machine_code(compiled)), "seconds": round(seconds, 1),
+        "advisories": found.advisories, "overlaps": overlapping_loops(machine_code(compiled)),
+        "loads_ahead": loads_ahead(machine_code(compiled)), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

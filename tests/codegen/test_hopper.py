@@ -35,8 +35,8 @@ def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"FLASHFUSE_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     wanted = {"causal_d64": 3, "causal_window_d64": 3, "plain_d128": 2, "causal_d192": 2, "causal_d256": 2,
-              "causal_dropout_d64": 3}  # fmt: skip  # consumers
-    compiled = ("64:causal", "64:window", "128:plain", "192x128:causal", "256:causal", "64:dropout")
+              "causal_dropout_d64": 3, "bias_d64": 2}  # fmt: skip  # consumers
+    compiled = ("64:causal", "64:window", "128:plain", "192x128:causal", "256:causal", "64:dropout", "64:bias:1")
     command = [sys.executable, str(SCRIPT), "bf16", *compiled]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -48,6 +48,7 @@ def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
         assert report["spilled"] <= hopper._MOST_SPILLED, report
         assert not report["advisories"], report
         assert report["overlaps"] == consumers, report
+    assert reports["flashfuse_hopper_forward_bias_d64"]["loads_ahead"] >= 2
 
 
 def test_ptxas_tells_of_serialised_products() -> None:
