@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashfuse.codegen import hopper_order, kernel_choice, ptxas
+from flashfuse.codegen.descriptors import describable, strides_of
 from flashfuse.codegen.hopper_tiles import ROWS, SERVED, Dims, HopperTile, draws, kind_of, parts, row_of, tiles_of
 from flashfuse.codegen.load import kernel_module, remembered
 from flashfuse.codegen.order import bytes_of_keys, order_of
@@ -121,13 +122,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def describable(tensor: Tensor) -> bool:
-    """Whether TMA can read it: 16-byte aligned address and strides, and no dimension repeated."""
-    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
-    aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in strides)
-    return aligned and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
-
-
 def descriptors(tensor: Tensor, rows: int) -> tuple[Any, Any]:
     """Of `[1, 1, rows, part]` tiles of a `[B, H, length, dim]` tensor, zero beyond its ends, for one or both parts of its dim."""
     whole, *rest = parts(tensor.shape[3])
@@ -141,10 +135,8 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 
     box = [1, 1, rows, columns]
     kind = gl.bfloat16 if tensor.dtype is torch.bfloat16 else gl.float16
-    unused = -(-tensor.shape[3] // 8) * 8  # a valid stride for a dimension of one element
-    strides = [s if n > 1 else unused for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
     layout = gl.NVMMASharedLayout.get_default_for(box, kind)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], box, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), strides_of(tensor), box, layout)
 
 
 def forward(call: Call, out: Tensor, stats: Tensor) -> bool:

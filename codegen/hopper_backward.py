@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashfuse.codegen import hopper, hopper_order, kernel_choice
 from flashfuse.codegen.capture_gradients import elements_read
+from flashfuse.codegen.descriptors import describable
 from flashfuse.codegen.hopper_tiles import draws, kind_of
 from flashfuse.codegen.load import kernel_module
 from flashfuse.codegen.order import bytes_of_queries, order_of
@@ -62,7 +63,7 @@ def refusal(call: Call, wanted: list[int], *, eager: bool = False) -> str:
     head_dim = padded(call)
     if not head_dim:
         return f"head dims {call.D} and {call.E}"
-    if not hopper.describable(call.grad_out) or call.grad_out.dtype is not call.query.dtype:
+    if not describable(call.grad_out) or call.grad_out.dtype is not call.query.dtype:
         return "the output's gradient is not aligned to 16 bytes"
     fill = -(-call.N // BLOCK_N) * call.B * call.G / hopper.multiprocessors(call.query.device)
     if not eager and (kind_of(call.spec) or call.spec.certainty is not None or call.spec.has_gaps):

@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from flashfuse.codegen import decode, hopper, hopper_backward, kernel_choice, tuning
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
+from flashfuse.codegen.descriptors import in_blocks
 from flashfuse.codegen.launches import Launches, interpreting
 from flashfuse.codegen.order import bytes_of_keys, bytes_of_queries, order_of
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
@@ -357,14 +358,22 @@ def _blocks(length: int, block: int) -> int:
 def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
     table = call.no_table if low else call.table
     order = order_of(call, call.H, bytes_of_keys(call))
+    (key, value), tma = _keys(call, tile, low)
     return call.start(
         "flashfuse_forward", _blocks(call.M, tile.block_m) * call.B * call.H,
-        call.query, call.key, call.value, out, stats, table.tensor, call.inputs,
+        call.query, key, value, out, stats, table.tensor, call.inputs,
         *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane, order.section,
         TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SWAPPED=order.swapped,
         EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO,
-        **call.constants, BRANCH=tile.branch, **_options(tile),
+        **call.constants, BRANCH=tile.branch, TMA=tma, **_options(tile),
     )  # fmt: skip
+
+
+def _keys(call: Call, tile: Tile, low: bool) -> tuple[Sequence[Any], bool]:
+    """Key and value for the loop of a kernel that owns queries, and whether these are descriptors; never for `low` rows."""
+    if low:
+        return (call.key, call.value), False
+    return in_blocks(call, tile, tile.block_n, (call.key, call.value), call.padded)
 
 
 def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers, *, low: bool) -> Any:
@@ -374,14 +383,15 @@ def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers,
     if not low:
         call.flags = call.empty((call.B, call.H, blocks), torch.int32) if call.low_rows else call.delta
     order = order_of(call, call.H, bytes_of_keys(call))
+    (key, value), tma = _keys(call, tile, low)
     return call.start(
         "flashfuse_grad_query", blocks * call.B * call.H,
-        call.query, call.key, call.value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
+        call.query, key, value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
         call.delta if partial is None else partial, call.delta if call.grad_stats is None else call.grad_stats, call.inputs,
         *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
         order.section, TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
         EXACT_DELTA=not low and gradients.summed, GRAD_STATS=call.grad_stats is not None, SWAPPED=order.swapped,
-        **call.constants, BRANCH=tile.branch, **_options(tile),
+        **call.constants, BRANCH=tile.branch, TMA=tma, **_options(tile),
     )  # fmt: skip
 
 
@@ -389,15 +399,16 @@ def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor
     """The compiled kernel; of two, the one that spills more."""
     table = call.table
     order = order_of(call, call.G, bytes_of_queries(call))
+    (query, grad_out), tma = in_blocks(call, tile, tile.block_m, (call.query, call.grad_out), call.padded)
     compiled = [
         call.start(
             "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
-            call.query, call.key, call.value, call.grad_out, call.stats, call.delta, table.tensor,
+            query, call.key, call.value, grad_out, call.stats, call.delta, table.tensor,
             grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
             *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
             *call.shape, call.plane, call.B * call.H * call.N, order.section,
             TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None, SWAPPED=order.swapped,
-            **call.constants, BRANCH=tile.branch, KEY="k" in wanted, VALUE="v" in wanted, **_options(tile),
+            **call.constants, BRANCH=tile.branch, KEY="k" in wanted, VALUE="v" in wanted, TMA=tma, **_options(tile),
         )
         for wanted in (("k", "v") if tile.split else ("kv",))
     ]  # fmt: skip

@@ -19,7 +19,8 @@ class Tile:
 
     `branch`: mask only the blocks that need it, by a branch in the loop; without it every block is masked, which costs
     instructions and saves what the branch does to the pipeline. `split`: one launch for the key's gradient and another
-    for the value's, which recomputes the scores and leaves registers for larger tiles.
+    for the value's, which recomputes the scores and leaves registers for larger tiles. `tma`: load the blocks of the loop
+    through tensor descriptors, where device and strides allow it.
     """
 
     block_m: int
@@ -28,6 +29,7 @@ class Tile:
     stages: int
     branch: bool = True
     split: bool = False
+    tma: bool = False
 
 
 @dataclass(frozen=True)

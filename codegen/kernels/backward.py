@@ -34,7 +34,17 @@ from flashfuse.codegen.kernels.plain_score import (
     weight_gradient,
     weighted,
 )  # SPLICE
-from flashfuse.codegen.kernels.tiles import LOG2E, block_aligned, load_tile, owned, past_gap, store_tile, with_table, without_gap
+from flashfuse.codegen.kernels.tiles import (
+    LOG2E,
+    block_aligned,
+    load_block,
+    load_tile,
+    owned,
+    past_gap,
+    store_tile,
+    with_table,
+    without_gap,
+)
 
 
 @triton.jit
@@ -78,7 +88,7 @@ def load_rows(stats, delta, place, plane, inside, PLANES: tl.constexpr):
 def delta_from_scores(
     q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, g, TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums over keys of probability times its gradient, and of probability: delta, which does not see that `out` was rounded.
 
@@ -90,8 +100,8 @@ def delta_from_scores(
         first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
-        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
-        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
+        k = load_block(key, b, g, first, key_n, N, D, BLOCK_N, D_PAD, not EVEN, TMA)
+        v = load_block(value, b, g, first, value_n, N, E, BLOCK_N, E_PAD, not EVEN, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
         if (MASKED or not EVEN) and ((first < full_lo) | (first >= full_hi)):
@@ -109,7 +119,7 @@ def descend_keys(
     gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr, g, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries, and row sums of captures' gradients, over the key blocks [lo, hi) past the gap.
 
@@ -119,8 +129,8 @@ def descend_keys(
         first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
-        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
-        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
+        k = load_block(key, b, g, first, key_n, N, D, BLOCK_N, D_PAD, not EVEN, TMA)
+        v = load_block(value, b, g, first, value_n, N, E, BLOCK_N, E_PAD, not EVEN, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if WHOLE:
             x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
@@ -161,12 +171,13 @@ def flashfuse_grad_query(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
     EXACT_DELTA: tl.constexpr, GRAD_STATS: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr, SWAPPED: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """grad_query `[B, H, M, D]`, partial `[captures, B, H, M]`; the grid is (blocks of queries * B * H,).
 
     Also delta `[B, H, M]`, the sum over e of out * grad_out (EXACT_DELTA: not of the rounded out; GRAD_STATS: less the gradient
     of the row's logsumexp), and, where low rows can be, flags `[B, H, blocks of queries]`: whether a block has some. LOW: a
-    second launch, for the low rows, by the whole program.
+    second launch, for the low rows, by the whole program. TMA: key and value are descriptors.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     block, b, h = owned(blocks, H, section, SWAPPED)
@@ -174,15 +185,17 @@ def flashfuse_grad_query(
     first = (blocks - 1 - block) * BLOCK_M
     b_wide = tl.cast(b, tl.int64)
     h_wide = tl.cast(h, tl.int64)
-    g_wide = tl.cast(h // GROUP, tl.int64)
+    g = h // GROUP
+    g_wide = tl.cast(g, tl.int64)
     first_wide = tl.cast(first, tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     inside = row < M
     m = row[:, None]
     inside_m = m < M
     query += b_wide * query_b + h_wide * query_h + first_wide * query_m
-    key += b_wide * key_b + g_wide * key_g
-    value += b_wide * value_b + g_wide * value_g
+    if not TMA:
+        key += b_wide * key_b + g_wide * key_g
+        value += b_wide * value_b + g_wide * value_g
     grad_out += b_wide * grad_b + h_wide * grad_h + first_wide * grad_m
     grad_query += b_wide * dq_b + h_wide * dq_h + first_wide * dq_m
     place = tl.cast(head, tl.int64) * M + row
@@ -218,7 +231,7 @@ def flashfuse_grad_query(
             exact, total = delta_from_scores(
                 q, do, key, key_n, value, value_n, lse, shift, lo, hi, full_lo, full_hi,
                 gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
-                D, E, D_PAD, E_PAD, BLOCK_M, BLOCK_N, HAS_MASK, EVEN, SHIFTED, PRECISION,
+                D, E, D_PAD, E_PAD, BLOCK_M, BLOCK_N, HAS_MASK, EVEN, SHIFTED, PRECISION, g, TMA,
             )  # fmt: skip
             if HAS_SINK:
                 total += low_probability(sink_score(b, h, row, inside, M, N, inputs), lse, shift)
@@ -234,7 +247,7 @@ def flashfuse_grad_query(
     acc, sums = descend_keys(
         tl.zeros([BLOCK_M, D_PAD], tl.float32), start_row_sums(BLOCK_M), q, do, key, key_n, value, value_n,
         lse, shift, row_delta, low, lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION, BRANCH,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED, LOW, SUMS, PRECISION, BRANCH, g, TMA,
     )  # fmt: skip
     store_tile(grad_query, dq_m, acc * SCALE, inside, D, BLOCK_M, D_PAD)
     if SUMS and HAS_SINK:
@@ -250,7 +263,7 @@ def descend_queries(
     gap_lo, skipped, b, h, n, inside_n, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr,
-    PRECISION: tl.constexpr, BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values over the query blocks [lo, hi) past the gap, of one head.
 
@@ -263,9 +276,8 @@ def descend_queries(
         m = row[None, :]
         inside = tl.full([BLOCK_M], 1, tl.int1) if EVEN else row < M
         inside_m = tl.full([1, BLOCK_M], 1, tl.int1) if EVEN else m < M
-        first_wide = tl.cast(first, tl.int64)
-        q = load_tile(query + first_wide * query_m, query_m, M - first, D, BLOCK_M, D_PAD, not EVEN)
-        do = load_tile(grad_out + first_wide * grad_m, grad_m, M - first, E, BLOCK_M, E_PAD, not EVEN)
+        q = load_block(query, b, h, first, query_m, M, D, BLOCK_M, D_PAD, not EVEN, TMA)
+        do = load_block(grad_out, b, h, first, grad_m, M, E, BLOCK_M, E_PAD, not EVEN, TMA)
         lse, shift, row_delta = load_rows(stats, delta, row, plane, inside, PLANES)
         if PLANES == 2 and MASKED:
             low = shift != 0.0
@@ -340,11 +352,12 @@ def flashfuse_grad_key_value(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SWAPPED: tl.constexpr,
+    BRANCH: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value `[B, G, N, .]`, partial `[captures, B, H, N]`; the grid is (blocks of keys * B * G,).
 
-    KEY: compute grad_key and partial; VALUE: compute grad_value. Large head dims take a launch for each.
+    KEY: compute grad_key and partial; VALUE: compute grad_value. Large head dims take a launch for each. TMA: query and
+    grad_out are descriptors.
     """
     block, b, g = owned(tl.cdiv(N, BLOCK_N), H // GROUP, section, SWAPPED)
     first = block * BLOCK_N
@@ -368,8 +381,8 @@ def flashfuse_grad_key_value(
         h = g * GROUP + member
         h_wide = tl.cast(h, tl.int64)
         head = b_wide * H + h
-        q_head = query + b_wide * query_b + h_wide * query_h
-        do_head = grad_out + b_wide * grad_b + h_wide * grad_h
+        q_head = query if TMA else query + b_wide * query_b + h_wide * query_h
+        do_head = grad_out if TMA else grad_out + b_wide * grad_b + h_wide * grad_h
         sums = start_column_sums(BLOCK_N)
         lo, hi, full_lo, full_hi, gap_lo, gap_hi = query_range(first, last, b, h, M, N, inputs)
         if TABLE_ROWS > 0:
@@ -381,7 +394,7 @@ def flashfuse_grad_key_value(
         dk, dv, sums = descend_queries(
             dk, dv, sums, k, v, q_head, query_m, do_head, grad_m, stats + head * M, delta + head * M, plane,
             lo, hi, full_lo, full_hi, gap_lo, skipped, b, h, n, inside_n, M, N, inputs,
-            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH, KEY, VALUE,
+            D, E, D_PAD, E_PAD, BLOCK_M, HAS_MASK, EVEN, PLANES, SHIFTED, SUMS, PRECISION, BRANCH, KEY, VALUE, TMA,
         )  # fmt: skip
         if SUMS and KEY:
             store_column_sums(sums, partial + head * N + column, sum_plane, inside)

@@ -23,6 +23,7 @@ from flashfuse.codegen.kernels.tiles import (
     LOG2E,
     LOW_SCORE,
     block_aligned,
+    load_block,
     load_tile,
     owned,
     past_gap,
@@ -48,19 +49,20 @@ def attend(
     b, h, m, inside_m, M, N, inputs,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, SHIFTED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
+    BRANCH: tl.constexpr, g=0, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """Attend to the key blocks [lo, hi) past the gap: the accumulator, the sum of exponentials and the largest score so far.
 
     One loop: only blocks outside [full_lo, full_hi) take the branch that masks; without BRANCH all blocks are masked.
     MASKED: apply `keep`. EVEN: all blocks lie within N. WHOLE: the scores of the whole program. SHIFTED: subtract the
-    maximum before any scaling, as scores near the smallest float and float32's precision need it.
+    maximum before any scaling, as scores near the smallest float and float32's precision need it. TMA: key and value are
+    descriptors, of which head `g` is read (see `load_block`).
     """
     for step in tl.range(lo, hi, BLOCK_N):
         first = past_gap(step, gap_lo, skipped)
         n = first + tl.arange(0, BLOCK_N)[None, :]
         inside_n = tl.full([1, BLOCK_N], 1, tl.int1) if EVEN else n < N
-        k = load_tile(key + tl.cast(first, tl.int64) * key_n, key_n, N - first, D, BLOCK_N, D_PAD, not EVEN)
+        k = load_block(key, b, g, first, key_n, N, D, BLOCK_N, D_PAD, not EVEN, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if WHOLE:
             x = score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
@@ -84,7 +86,7 @@ def attend(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         p = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
-        v = load_tile(value + tl.cast(first, tl.int64) * value_n, value_n, N - first, E, BLOCK_N, E_PAD, not EVEN)
+        v = load_block(value, b, g, first, value_n, N, E, BLOCK_N, E_PAD, not EVEN, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = higher
     return acc, total, top
@@ -132,13 +134,13 @@ def flashfuse_forward(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_ROWS: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, BRANCH: tl.constexpr, SWAPPED: tl.constexpr,
+    PRECISION: tl.constexpr, BRANCH: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]`; the grid is (blocks of queries * B * H,).
 
     `section` and SWAPPED: the order of programs (see `tiles.owned`). TABLE_ROWS: how many queries a row of the range table stands
     for; 0 without a table. EVEN: BLOCK_N divides N. LOW: a second launch, which computes the rows that the first one found too
-    low for its mask from the whole program.
+    low for its mask from the whole program. TMA: key and value are descriptors.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     block, b, h = owned(blocks, H, section, SWAPPED)
@@ -146,14 +148,16 @@ def flashfuse_forward(
     first = (blocks - 1 - block) * BLOCK_M  # later queries see more keys: start them first
     b_wide = tl.cast(b, tl.int64)
     h_wide = tl.cast(h, tl.int64)
-    g_wide = tl.cast(h // GROUP, tl.int64)
+    g = h // GROUP
+    g_wide = tl.cast(g, tl.int64)
     first_wide = tl.cast(first, tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     m = row[:, None]
     inside_m = m < M
     query += b_wide * query_b + h_wide * query_h + first_wide * query_m
-    key += b_wide * key_b + g_wide * key_g
-    value += b_wide * value_b + g_wide * value_g
+    if not TMA:
+        key += b_wide * key_b + g_wide * key_g
+        value += b_wide * value_b + g_wide * value_g
     out += b_wide * out_b + h_wide * out_h + first_wide * out_m
     stats += tl.cast(head, tl.int64) * M + row
 
@@ -183,7 +187,7 @@ def flashfuse_forward(
     acc, total, top = attend(
         tl.zeros([BLOCK_M, E_PAD], tl.float32), total, top, q, key, key_n, value, value_n, lo, hi, full_lo, full_hi,
         gap_lo, skipped, b, h, m, inside_m, M, N, inputs,
-        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED or LOW, LOW, PRECISION, BRANCH,
+        D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED or LOW, LOW, PRECISION, BRANCH, g, TMA,
     )  # fmt: skip
 
     finish(

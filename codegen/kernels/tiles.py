@@ -51,6 +51,22 @@ def load_tile(pointer, stride, rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PAD
 
 
 @triton.jit
+def load_block(
+    tensor, b, h, first, stride, length, DIM: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The rows from `first` on of a head of `length` rows, `[BLOCK, PAD]`; zero beyond them (TMA or EDGE) and beyond DIM columns.
+
+    `tensor` points to the head; with TMA it is a descriptor of `[1, 1, BLOCK, PAD]` boxes of the whole `[B, H, length, DIM]`.
+    """
+    if TMA:
+        tile = tensor.load([b, h, first, 0]).reshape([BLOCK, PAD])
+    else:
+        tile = load_tile(tensor + tl.cast(first, tl.int64) * stride, stride, length - first, DIM, BLOCK, PAD, EDGE)
+    return tile
+
+
+@triton.jit
 def store_tile(pointer, stride, tile, inside, DIM: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr):
     """Store the rows of `[BLOCK, PAD]` that are `inside`, cast to the pointer's type, without columns beyond DIM."""
     row = tl.arange(0, BLOCK)[:, None]

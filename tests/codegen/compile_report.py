@@ -1,6 +1,6 @@
 """Compile a spec's kernels for a device that need not be there, and say what ptxas made of them.
 
-Run as a script in a process without TRITON_INTERPRET: `python compile_report.py sm_90 fp16 128 causal [kernel]`.
+Run as a script in a process without TRITON_INTERPRET: `python compile_report.py sm_90 fp16 128 causal [--tma] [kernel]`.
 Prints one JSON line a kernel.
 """
 
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ KERNELS = {
     "grad_key_value_low": "flashfuse_add_low_queries",
     "decode": "flashfuse_decode",
     "grad_diagonals": "flashfuse_grad_diagonals",
+}
+TMA = {  # which tensors of a kernel are descriptors, if its tile asks for them
+    **dict.fromkeys(("forward", "grad_query"), ("key", "value")),
+    **dict.fromkeys(("grad_key_value", "grad_key", "grad_value"), ("query", "grad_out")),
 }
 _POINTERS = {
     **dict.fromkeys(("parts", "part_stats", "stats", "grad_stats", "delta", "partial", "grad"), "*fp32"),
@@ -85,10 +90,12 @@ def named_spec(name: str) -> AttentionSpec:
     raise ValueError(name)
 
 
-def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, even: bool) -> dict[str, object]:
+def settled(
+    spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim: int, even: bool, tma: bool = False
+) -> dict[str, object]:
     """The report of the tile that the launcher settles on: the first of the plan that does not spill, or spills least.
 
-    `allowed`: the bytes that a thread may spill on this device.
+    `allowed`: the bytes that a thread may spill on this device. `tma`: as if the plan's tiles all asked for descriptors.
     """
     plan = kernel_plan(divmod(target, 10), 4 if dtype == "fp32" else 2, head_dim)
     best: dict[str, object] | None = None
@@ -96,7 +103,7 @@ def settled(spec: AttentionSpec, kernel: str, target: int, dtype: str, head_dim:
     for tile in getattr(plan, plans.get(kernel, kernel.removesuffix("_low"))):
         if best is not None and best["spill"] <= 4 * plan.bearable(tile):  # type: ignore[operator]
             break
-        report = compile_kernel(spec, kernel, target, dtype, head_dim, tile, even)
+        report = compile_kernel(spec, kernel, target, dtype, head_dim, replace(tile, tma=True) if tma else tile, even)
         if report["shared"] <= SHARED_MEMORY[target]:  # type: ignore[operator]
             best = min(best or report, report, key=lambda each: each["spill"])  # type: ignore[arg-type, return-value]
     assert best is not None, f"no tile of {kernel} fits sm_{target}"
@@ -125,6 +132,7 @@ def compile_kernel(
         "SUMS": False, "GRAD_STATS": False, "EXACT_DELTA": False,
         "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
         "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key", "SWAPPED": False, "section": 1, "PDL": target >= 90,
+        "TMA": tile.tma,
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:
@@ -137,6 +145,9 @@ def compile_kernel(
             signature[name] = tuple(inputs)
         elif name in _POINTERS:
             signature[name] = _POINTERS[name]
+        elif tile.tma and name in TMA[kernel]:
+            rows = tile.block_m if name in ("query", "grad_out") else tile.block_n
+            signature[name] = f"tensordesc<{dtype}[1, 1, {rows}, {padded}]>"
         elif name in ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"):
             signature[name] = f"*{dtype}"
         else:
@@ -146,7 +157,7 @@ def compile_kernel(
     attributes = {
         (place,): aligned
         for place, name in enumerate(function.arg_names)
-        if signature[name] != "constexpr" and name != "inputs" and name not in unaligned
+        if not str(signature[name]).startswith(("constexpr", "tensordesc")) and name != "inputs" and name not in unaligned
     }
     place = function.arg_names.index("inputs")
     attributes.update({(place, i): aligned for i in range(len(inputs))})
@@ -170,6 +181,8 @@ def _assembled(compiled: Any, target: int) -> dict[str, object]:
         "spill": found.spilled,
         "advisories": sorted({code for words in found.advisories for code in re.findall(r"C75\d\d", words)}),
         "wgmma": ptx.count("wgmma.mma_async"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "copies": ptx.count("cp.async.cg.shared.global"),
         **_main_loop(machine_code(compiled)),
     }
 
@@ -211,10 +224,11 @@ def _main_loop(machine_code: str) -> dict[str, object]:
 
 def main() -> None:
     target, dtype, head_dim, name = int(sys.argv[1].removeprefix("sm_")), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    kernels = sys.argv[5:] or ["forward", "grad_query", "grad_key_value"]
+    tma = "--tma" in sys.argv
+    kernels = [word for word in sys.argv[5:] if word != "--tma"] or ["forward", "grad_query", "grad_key_value"]
     for kernel in kernels:
         for even in (True, False):
-            report = settled(named_spec(name), kernel, target, dtype, head_dim, even)
+            report = settled(named_spec(name), kernel, target, dtype, head_dim, even, tma)
             print(json.dumps({"spec": name, "even": even, **report, "tile": str(report["tile"])}), flush=True)
 
 

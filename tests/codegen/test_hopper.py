@@ -20,6 +20,7 @@ from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
 from flashfuse.codegen import hopper, hopper_check, hopper_order, hopper_tiles, kernel_choice, launch, load, ptxas
+from flashfuse.codegen.descriptors import describable
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
@@ -59,13 +60,13 @@ def test_ptxas_tells_of_serialised_products() -> None:
 
 def test_what_tma_cannot_read() -> None:
     tensor = torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)
-    assert hopper.describable(tensor)
-    assert hopper.describable(tensor.transpose(1, 2))
-    assert hopper.describable(tensor[:1])  # the stride of one element is never used
-    assert not hopper.describable(tensor[..., 1:])
-    assert not hopper.describable(tensor[:, :1].expand(2, 4, 64, 64))
-    assert not hopper.describable(torch.zeros(2, 4, 64, 65, dtype=torch.bfloat16)[..., :64])
-    assert not hopper.describable(tensor[:0])
+    assert describable(tensor)
+    assert describable(tensor.transpose(1, 2))
+    assert describable(tensor[:1])  # the stride of one element is never used
+    assert not describable(tensor[..., 1:])
+    assert not describable(tensor[:, :1].expand(2, 4, 64, 64))
+    assert not describable(torch.zeros(2, 4, 64, 65, dtype=torch.bfloat16)[..., :64])
+    assert not describable(tensor[:0])
 
 
 def a_call(**facts: object) -> launch.Call:
