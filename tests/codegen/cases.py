@@ -484,6 +484,21 @@ def _sinks() -> list[Case]:
     return cases
 
 
+def pair_bias(length: int, head_dim: int) -> Case:
+    """Evoformer's: a mask of keys that is added, and a bias of pairs that all batches share."""
+    p = Program()
+    mask = p.capture("mask", Kind.FLOAT, p.b, p.n)
+    pair = p.capture("pair", Kind.FLOAT, p.zero, p.h, p.m, p.n)
+    return Case(
+        "pair_bias",
+        p.spec(p.s * 0.25 + (mask - 1.0) * 1e9 + pair),
+        lambda s, c, z, i: s * 0.25 + (c[0][:, None, None] - 1.0) * 1e9 + c[1],
+        lambda g: [(torch.rand(4, length, generator=g) < 0.9).float(), torch.randn(1, 4, length, length, generator=g)],
+        shape=(4, 4, 2, length, length, head_dim, head_dim),
+        needs=(False, True),
+    )
+
+
 CASES = [*_plain(), *_masks(), *_scores(), *_diagonals(), *_weights(), *_sinks()]
 WIDE = [  # head dims above 256
     dataclasses.replace(next(case for case in CASES if case.name == name), name=f"{name}_wide", shape=shape)

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from flashfuse.codegen import kernel_choice, launch, replay, tuning
+from flashfuse.codegen.order import Order
 from flashfuse.codegen.plan import Tile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, WIDE
+from cases import CASES, WIDE, pair_bias
 from specs import Case, dense_attention, make_inputs
 from test_kernels import compare_with_eager, run_kernels
 
@@ -53,6 +54,15 @@ def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", [*CASES, *_enlarged()], ids=lambda case: case.name)
 def test_within_twice_the_error_of_eager(case: Case, dtype: torch.dtype) -> None:
     compare_with_eager(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("length", [256, 300])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("order", [Order(), Order(4, swapped=True), Order(2, swapped=True)], ids=str)
+def test_batches_that_share_a_bias(order: Order, head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of the bias's gradient, with and without edges, in each order of the programs."""
+    monkeypatch.setattr(launch, "order_of", lambda call, heads, size: order)
+    compare_with_eager(pair_bias(length, head_dim), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES
+from cases import CASES, pair_bias
 from specs import Case, dense_attention, make_inputs
 from test_gpu import BIG
 
 from flashfuse.codegen import hopper, hopper_check, hopper_order, hopper_tiles, kernel_choice, launch, load, ptxas
 from flashfuse.codegen.descriptors import describable
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
+from flashfuse.codegen.order import Order
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -307,6 +308,16 @@ def test_several_tiles_within_twice_the_error_of_eager(name: str, head_dims: tup
 def test_lengths_that_blocks_divide(name: str, head_dim: int) -> None:
     case = next(case for case in CASES if case.name == name)
     compare(dataclasses.replace(case, shape=(2, 4, 2, 640, 640, head_dim, head_dim)), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("length", [640, 611])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("order", [Order(), Order(4, swapped=True), Order(2, swapped=True)], ids=str)
+def test_batches_that_share_a_bias(order: Order, head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "order_of", lambda call, heads, size: order)
+    compare(pair_bias(length, head_dim), torch.bfloat16)
 
 
 @pytest.mark.gpu
