@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ _MOST_ROWS = 128  # beyond that they still cost less than reading the keys more 
 _MOST_SPLITS = 128
 _KEYS = 128  # fewer are not worth a program
 _WAVES = 2  # programs that share a multiprocessor
+OVERLAP = False  # the second kernel set up while the first runs: compiled and argued, not yet run on a device
 _LOW_KEYS = (64, 16)  # keys at a time for a low row, at head dims to 128 and above
 
 
@@ -52,12 +54,22 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+def driver_version() -> int:
+    """CUDA's, as 1000 * major + 10 * minor; 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return 0 if failed else version.value
+
+
 @cache
 def may_overlap(device: torch.device) -> bool:
     """Whether the second kernel may be set up while the first one runs (programmatic dependent launch, CUDA 12.3 for graphs)."""
     if device.type != "cuda" or interpreting() or torch.version.hip is not None:
         return False
-    if torch.cuda.get_device_capability(device) < (9, 0) or torch._C._cuda_getDriverVersion() < 12030:
+    if torch.cuda.get_device_capability(device) < (9, 0) or driver_version() < 12030:
         return False
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
@@ -72,7 +84,7 @@ def run(call: Call, split: Split, out: Tensor, stats: Tensor) -> None:
     rows = call.B * call.H * call.M
     parts = call.empty((rows, split.parts, call.E), torch.float32)
     part_stats = call.empty((2, rows, split.parts), torch.float32)
-    overlap = may_overlap(call.query.device)
+    overlap = OVERLAP and may_overlap(call.query.device)
     call.launch("decode", lambda tile: _decode(call, tile, split, parts, part_stats, overlap))
     constants = {name: value for name, value in call.constants.items() if name != "SHIFTED"}
     call.start(

@@ -78,7 +78,7 @@ def test_kernels_overlap_where_the_device_and_the_driver_can(
     capability: tuple[int, int], driver: int, hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(decode, "driver_version", lambda: driver)
     monkeypatch.setattr(torch.version, "hip", hip)
     decides = decode.may_overlap.__wrapped__
     assert not decides(torch.device("cpu"))
@@ -108,12 +108,13 @@ def test_overlapping_kernels_compute_what_kernels_apart_do(name: str, monkeypatc
     generator = torch.Generator("cuda").manual_seed(0)
     keys = [torch.randn(inputs.key.shape, device="cuda", generator=generator).to(inputs.key) for _ in range(rounds)]
     with monkeypatch.context() as patched:
-        patched.setattr(decode, "may_overlap", lambda device: False)
+        patched.setattr(decode, "OVERLAP", False)
         replay.forget()
         expected = []
         for key in keys:
             inputs.key.copy_(key)
             expected.append(forward())
+    monkeypatch.setattr(decode, "OVERLAP", True)
     replay.forget()
     found = []
     for key in keys:
