@@ -5,7 +5,8 @@ B*S = 16384, hidden 2048, bf16. Kernels are compiled in parallel processes first
     python benchmarks/kernel_tiles.py [--head-dims 64,128] [--masks causal,sliding,document] [--length 4096] [--out kernel_tiles]
         [--kernels grad_key_value] [--tiles 32,32,4,2:32,128,8,2,split]
 
-A tile is queries, keys, warps, stages; `split` is dK and dV by a launch each, `always` masks every block. The gradients
+A tile is queries, keys, warps, stages; `split` is dK and dV by a launch each, `always` masks every block, `tma` loads by
+tensor descriptors. The gradients
 of every tile are compared with the first's.
 """
 
@@ -53,7 +54,9 @@ def named_tiles(words: str, kernel: str) -> list[Tile]:
     if not words:
         return [Tile(*sizes, branch=branch) for sizes, branch in itertools.product(TILES[kernel], (True, False))]
     parts = [word.split(",") for word in words.split(":")]
-    return [Tile(*(int(n) for n in part[:4]), branch="always" not in part, split="split" in part) for part in parts]
+    return [
+        Tile(*(int(n) for n in part[:4]), branch="always" not in part, split="split" in part, tma="tma" in part) for part in parts
+    ]
 
 
 def attempts(mask: str, head_dim: int, options: argparse.Namespace):
@@ -140,7 +143,7 @@ def time_all(cases: list[tuple[str, int]], options: argparse.Namespace) -> None:
         expected: dict[str, list[torch.Tensor]] = {}
         for kernel, tile, launcher, computed in attempts(mask, head_dim, options):
             name = f"{tile.block_m},{tile.block_n},{tile.warps},{tile.stages}{'' if tile.branch else ' always'}"
-            name += " split" if tile.split else ""
+            name += (" split" if tile.split else "") + (" tma" if tile.tma else "")
             row = {"mask": mask, "head_dim": head_dim, "kernel": kernel, "tile": name}
             try:
                 compiled = launcher(tile)

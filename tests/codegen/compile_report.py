@@ -132,7 +132,7 @@ def compile_kernel(
         "SUMS": False, "GRAD_STATS": False, "EXACT_DELTA": False,
         "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
         "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key", "SWAPPED": False, "section": 1, "PDL": target >= 90,
-        "TMA": tile.tma,
+        "TMA": tile.tma and kernel in TMA,
     }  # fmt: skip
     inputs: list[str] = []
     for capture in spec.captures:
@@ -145,7 +145,7 @@ def compile_kernel(
             signature[name] = tuple(inputs)
         elif name in _POINTERS:
             signature[name] = _POINTERS[name]
-        elif tile.tma and name in TMA[kernel]:
+        elif tile.tma and name in TMA.get(kernel, ()):
             rows = tile.block_m if name in ("query", "grad_out") else tile.block_n
             signature[name] = f"tensordesc<{dtype}[1, 1, {rows}, {padded}]>"
         elif name in ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"):
