@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flashfuse.codegen import launch
 from flashfuse.codegen.descriptors import describable, in_blocks
 from flashfuse.codegen.plan import Tile, kernel_plan, tuning_candidates
+from flashfuse.codegen.replay import Recording
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
@@ -143,3 +145,18 @@ def test_compiles_to_tma(tmp_path: Path) -> None:
         assert report["copies"] == 0, report
         assert report["spill"] <= report["allowed"], report
         assert not report["advisories"], report
+
+
+def test_a_repeated_launch_describes_the_tensor_of_its_own_call() -> None:
+    """Through the compiled kernel's launcher, which asks the base of a descriptor for its address."""
+    tensor = torch.zeros(2, 3, 20, 16, dtype=torch.float16)
+    descriptor = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, 16, 16])
+    seen: list[Any] = []
+    kernel = SimpleNamespace(run=lambda *arguments: seen.append(arguments[-1]), function=None, packed_metadata=None)
+    recording = Recording([tensor])
+    recording.launched(kernel, 1, SimpleNamespace(arg_names=["key"]), (descriptor,), {})
+    assert recording.sound
+    recording.launches[0](0, [4096], [])
+    assert seen[0].base.data_ptr() == 4096
+    assert (seen[0].shape, seen[0].strides, seen[0].block_shape) == (descriptor.shape, descriptor.strides, [1, 1, 16, 16])
+    assert descriptor.base is tensor
