@@ -212,7 +212,7 @@ class Rewriter:
         dead: set[fx.Node] = set()
         pending = [last]
         while pending:
-            unit = self.effects.unit(pending.pop())
+            unit = self._with_users(self.effects.unit(pending.pop()), dead)
             if unit & dead or not all(self._may_go(node, dead | unit) for node in unit):
                 continue
             dead |= unit
@@ -222,6 +222,21 @@ class Rewriter:
             if not self.copies[node]._erased:
                 self.graph.erase_node(self.copies[node])
         return gone
+
+    def _with_users(self, unit: set[fx.Node], dead: set[fx.Node]) -> set[fx.Node]:
+        """A unit that writes, and all that is computed from it: what is written may be made of what was there before."""
+        if not any(node in self.effects.storages for node in unit):
+            return unit
+        found: set[fx.Node] = set()
+        stack = list(unit)
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            users = (self.originals.get(user) for user in self.copies[node].users)
+            stack.extend(each for each in (*self.effects.unit(node), *users) if each is not None and each not in dead)
+        return found
 
     def _may_go(self, node: fx.Node, dead: set[fx.Node]) -> bool:
         if node.op not in ("call_function", "call_method") or is_opaque(node):

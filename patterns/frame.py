@@ -22,7 +22,7 @@ from flashfuse.patterns.score_cone import describe
 from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.sinks import Cut, Sink, beside_sink, cut_of, find_sink
 from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
-from flashfuse.patterns.spellings import CASTS, ROWS
+from flashfuse.patterns.spellings import CASTS, ROWS, overwrites_whole
 from flashfuse.patterns.sums import Edge, Factor, edge_of, factors_behind
 from flashfuse.refusal import Refused
 
@@ -165,7 +165,7 @@ def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
         return True
     if user.target in (aten.type_as.default, aten.to.other, aten.view_as.default, aten.expand_as.default):
         return user.args[0] is not node
-    return False
+    return user.args[:1] == (node,) and node not in user.args[1:] and overwrites_whole(user)
 
 
 # ------------------------------------------------------------------------------------------------ up to the scores
@@ -341,7 +341,8 @@ def find_products(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> list[tuple
             products.append(node)
             stack.extend(_added(node))
         elif node.target in ROWS or is_selection(node):
-            above = [each for each in node.all_input_nodes if is_tensor(each) or is_selection(each)]
+            inputs = (each for each in node.all_input_nodes if not reads_only_metadata(node, each))
+            above = [each for each in inputs if is_tensor(each) or is_selection(each)]
             stack.extend([shifts[node]] if node in shifts else above)
         else:
             stopped.append(node)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Index
-from flashfuse.patterns.calls import Call, normal_dim, shape, static_sizes, value_of
+from flashfuse.patterns.calls import Call, bind, normal_dim, shape, static_sizes, value_of
 from flashfuse.patterns.functions import FUNCTIONS, Function
 from flashfuse.refusal import Refused
 
@@ -302,6 +303,29 @@ def _dropout(lifter: Lifter, call: Call, index: Index) -> Value:
     return lifter.dropped(call.node, value, call["p"], index) if call["train"] else value
 
 
+def _copied(lifter: Lifter, call: Call, index: Index) -> Value:
+    """What is written over a whole tensor, in that tensor's dtype and shape."""
+    value = lifter.operand(call["src"], index)
+    return lifter.cast(lifter.as_kind(value, lifter.kind(call.node)), value_of(call.node).dtype)
+
+
+def _scattered(lifter: Lifter, call: Call, index: Index) -> Value:
+    if not overwrites_whole(call.node):
+        raise Refused("FF401", call.node, "a part is written over")
+    return lifter.operand(call["src"], index)
+
+
+def overwrites_whole(node: fx.Node) -> bool:
+    """Whether nothing is left of a node's first argument but its shape and dtype: what is written over it covers it."""
+    if node.target is aten.copy.default:
+        return True
+    if node.target is not aten.slice_scatter.default:
+        return False
+    call = bind(node, ROWS[node.target].reads)
+    place = normal_dim(call["dim"], len(shape(node)))
+    return axes.same_size(shape(call["self"])[place], shape(call["src"])[place]) and value_of(call["step"]) == 1
+
+
 # ------------------------------------------------------------------------------------------------ making elements
 
 
@@ -494,6 +518,8 @@ _COMPUTED = (
     Row(aten.to.other, _PAIR, lift=_cast),
     Row(aten._to_copy.default, (*_SELF, "dtype"), lift=_cast),
     Row(aten.type_as.default, _PAIR, lift=_cast),
+    Row(aten.copy.default, (*_SELF, "src"), lift=_copied),
+    Row(aten.slice_scatter.default, (*_SELF, "src", "dim", "start", "end", "step"), lift=_scattered),
     Row(aten.dropout.default, ("input", "p", "train"), lift=_dropout, weighs=True),
 )  # fmt: skip
 

@@ -121,6 +121,37 @@ def test_the_rewritten_graph_holds_no_dead_attention():
     assert "flashfuse.attention" in targets[0]
 
 
+def written_over(q, k, v):
+    """Scores whose old values are read to make the new ones."""
+    scores = q @ k.mT * 0.25
+    scores[:, 0:, 0:] = scores[:, 0:, 0:].view(*scores.shape[:-1], 2, -1).tanh().flatten(-2)
+    return scores.softmax(-1) @ v
+
+
+def written_over_and_shown(q, k, v):
+    scores = q @ k.mT * 0.25
+    before = scores[:, :, :1] * 2.0
+    scores.copy_(scores.tanh())
+    return scores.softmax(-1) @ v + before.sum()
+
+
+def test_scores_that_were_written_over_go_with_what_made_them():
+    graphs = []
+
+    def inner(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    for function in (written_over, written_over_and_shown):
+        torch._dynamo.reset()
+        inputs = qkv()
+        found = torch.compile(function, backend="flashfuse", options={"inner": inner})(*inputs)
+        torch.testing.assert_close(found, function(*inputs))
+    left = [{node.name for node in graph.nodes if node.op in ("call_function", "call_method")} for graph in graphs]
+    assert not any("tanh" in name or "matmul" in name or "setitem" in name for name in left[0]), left[0]
+    assert any("matmul" in name for name in left[1]), left[1]
+
+
 def test_strict_turns_a_refusal_into_an_error_with_the_line():
     with pytest.raises(Exception, match=r"test_backend.py:\d+.*FF401"):
         compiled(refused, strict=True)(*qkv())

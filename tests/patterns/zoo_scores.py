@@ -372,7 +372,59 @@ def sam_decomposed_positions_in_one_tensor(q, k, v, rows, columns):
     return (x + (by_row + by_column).reshape_as(x)).softmax(-1) @ v
 
 
+@spelling(
+    inputs=_sam,
+    score="((s * 0.25) + c0[h, m // 6, m % 6, n // 6]) + c1[h, m // 6, m % 6, n % 6]",
+    rows="exact",
+    gradients=(0, 1, 2, 3, 4),
+)
+def decomposed_positions_written_over_the_scores(q, k, v, rows, columns):
+    """timm's MViTv2 without a class token."""
+    by_row, by_column = _decomposed(q, rows, columns)
+    x = (q * 0.25) @ k.mT
+    x[:, 0:, 0:] = (x[:, 0:, 0:].view(-1, 4, 6, 4, 6) + by_row + by_column).view(-1, S, S)
+    return x.softmax(-1) @ v
+
+
+@spelling(score="tanh(s * 0.25)")
+def scores_copied_over_themselves(q, k, v):
+    x = q @ k.mT * 0.25
+    x.copy_(x.tanh())
+    return x.softmax(-1) @ v
+
+
 # ------------------------------------------------------------------------------------------------ near misses
+
+
+@near_miss("FF204", "decomposed_positions_written_over_the_scores", inputs=_sam)
+def positions_written_over_a_part_of_the_scores(q, k, v, rows, columns):
+    """MViTv2 with a class token."""
+    by_row, by_column = _decomposed(q[:, 1:7].repeat(1, 4, 1), rows, columns)
+    bias = (by_row + by_column).reshape(-1, S, S)[:, 1:, 1:]
+    x = (q * 0.25) @ k.mT
+    x[:, 1:, 1:] = x[:, 1:, 1:] + bias
+    return x.softmax(-1) @ v
+
+
+@near_miss("FF204", "decomposed_positions_written_over_the_scores", inputs=_sam)
+def positions_written_over_every_other_key(q, k, v, rows, columns):
+    x = (q * 0.25) @ k.mT
+    x[..., ::2] = x[..., ::2] * 2.0
+    return x.softmax(-1) @ v
+
+
+@near_miss("FF401", "scores_copied_over_themselves")
+def scores_copied_over_themselves_backwards(q, k, v):
+    x = q @ k.mT * 0.25
+    x.copy_(x.tanh().flip(-1))
+    return x.softmax(-1) @ v
+
+
+@near_miss("FF204", "scores_copied_over_themselves")
+def scores_copied_over_their_transpose(q, k, v):
+    x = q @ k.mT * 0.25
+    x.copy_(x.tanh() + x.mT)
+    return x.softmax(-1) @ v
 
 
 @near_miss("FF402", "squared_scores")
