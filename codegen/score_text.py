@@ -73,7 +73,8 @@ class ScoreText:
     """The statements of one program. `lines` is the body, `names[i]` what statement i is called.
 
     `inputs` gives the text of `input` leaves (interval programs only), `grad` that of the incoming gradient. `loaded` gives
-    the text of loads that were made before, `raw` says that loads are only made: in both, elements are as they lie in memory.
+    the text of loads that were made before, `raw` says that results are loads that are only made: in both, elements are as they
+    lie in memory.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class ScoreText:
             terms.append(f"offset({self.names[statement.operands[dimension]]}, inputs[{first + 1 + dimension}])")
         inside = [f"inside_{letter}" for letter in "mn" if letter in letters]
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        cast = "" if self.raw else cast
+        cast = "" if self.raw and number in self.program.results else cast
         return self._assign(f"{name}_{suffix}", f"tl.load({' + '.join(terms)}{mask}){cast}", statement.source)
 
     def _cost(self, number: int) -> int:
