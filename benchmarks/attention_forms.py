@@ -44,6 +44,7 @@ from flashfuse.bench_peers import (
 )  # fmt: skip
 
 PEERS = ("eager", "inductor", "flex", "flashfuse")
+RETRIES = 8
 
 
 def head_cut(operand: Operand, unit: int, units: int) -> Cut:
@@ -131,30 +132,42 @@ def form_rows(form: Form, sizes: Sizes, peers: list[str], rounds: int) -> list[d
 
 def fill_caches(names: list[str], head_dims: list[int], options: argparse.Namespace) -> None:
     """Compiles everything in processes of their own, which leaves the generated kernels in the caches on disk."""
-    jobs = [(name, head_dim) for head_dim in head_dims for name in names]
+    peers = [peer for peer in options.peers.split(",") if peer != "eager"]
+    jobs = [(name, head_dim, peer) for head_dim in head_dims for name in names for peer in peers]
     running: list[subprocess.Popen[bytes]] = []
-    for name, head_dim in jobs:
+    for name, head_dim, peer in jobs:
         while len([each for each in running if each.poll() is None]) >= options.workers:
             time.sleep(0.1)
         command = [sys.executable, __file__, "--fill-caches", "--variants", name, "--head-dims", str(head_dim)]
-        command += ["--device", options.device, "--length", str(options.length), "--peers", options.peers]
+        command += ["--device", options.device, "--length", str(options.length), "--peers", peer]
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     for each in running:
         each.wait()
 
 
 def only_compile(form: Form, sizes: Sizes, peers: list[str]) -> None:
-    made = FormCase(form, sizes)
+    """Run every peer once; where the others leave no memory for it, again."""
     for peer in peers:
         if peer == "eager" or (peer == "flex" and form.flex is None):
             continue
-        try:
-            run = made.make(peer, {})
-            run(*made.case.inputs).backward(made.case.grad_out)
-            with torch.no_grad():
-                run(*made.case.inputs)
-        except Exception as error:  # the measuring process will meet it again and note it
-            print(f"{form.name} {peer}: {error}", file=sys.stderr)
+        for _ in range(RETRIES):
+            try:
+                compile_one(form, sizes, peer)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                time.sleep(3)
+                continue
+            except Exception as error:  # the measuring process will meet it again and note it
+                print(f"{form.name} {peer}: {error}", file=sys.stderr)
+            break
+
+
+def compile_one(form: Form, sizes: Sizes, peer: str) -> None:
+    made = FormCase(form, sizes)
+    run = made.make(peer, {})
+    run(*made.case.inputs).backward(made.case.grad_out)
+    with torch.no_grad():
+        run(*made.case.inputs)
 
 
 def main() -> None:
