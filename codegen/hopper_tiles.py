@@ -32,7 +32,7 @@ Dims = tuple[int, int]  # head dims of query and value, as the kernel pads them
 
 # head dims up to -> tiles, the fastest first; 227 KiB of shared memory and 64 Ki registers bound them
 TILES: dict[Dims, tuple[HopperTile, ...]] = {
-    (64, 64): (_T(3, 128, 2, 160, True), _T(2, 128, 4, 240, True), _T(3, 64, 8, 160, True, 2)),
+    (64, 64): (_T(3, 128, 2, 160, True, 2), _T(2, 128, 4, 240, True), _T(3, 64, 8, 160, True, 2)),
     (96, 96): (_T(2, 128, 3, 240, True), _T(2, 64, 4, 240, True, 2)),
     (128, 128): (_T(2, 128, 2, 240, True), _T(2, 64, 4, 240, True, 2)),
     (192, 128): (_T(2, 128, 2, 240, False), _T(2, 64, 3, 240, True)),

@@ -3,7 +3,8 @@
 The first candidate of a row is the default; the others follow in the order in which to try them where a kernel exceeds
 shared memory or spills many registers. Rows of sm_90 with 2 bytes an element were measured on an H100
 (`benchmarks/results/kernel_tiles.json`): small tiles on four warps win, with and without a mask, since several blocks
-then share a multiprocessor and hide each other's softmax. Other rows were chosen by what ptxas makes of them
+then share a multiprocessor and hide each other's softmax; but the backward at head dim 128 gains more from descriptors,
+whose loads need neither registers nor warps (docs/measurements.md). Other rows were chosen by what ptxas makes of them
 (`benchmarks/static_filter.py`); each has candidates for the 99 KiB of shared memory of sm_86 and sm_89.
 """
 
@@ -49,7 +50,7 @@ class KernelPlan:
 
 
 _T = Tile
-_TMA = partial(Tile, tma=True)  # not timed yet: no row's first, but tried where others spill, and under max-autotune
+_TMA = partial(Tile, tma=True)
 
 # (architecture, bytes an element, padded head dim up to) -> forward, grad_query, grad_key_value
 _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
@@ -60,8 +61,8 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tup
     ),
     ("sm_90", 2, 128): (
         (_T(64, 64, 4, 3), _T(128, 64, 8, 3), _T(64, 64, 4, 2), _TMA(64, 64, 4, 3)),
-        (_T(64, 64, 4, 2), _T(128, 64, 8, 2), _TMA(64, 64, 4, 2), _TMA(128, 64, 8, 3)),
-        (_T(32, 64, 4, 3), _T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 8, 1), _TMA(64, 64, 4, 2), _TMA(64, 128, 8, 2)),
+        (_TMA(128, 64, 8, 3), _T(64, 64, 4, 2), _T(128, 64, 8, 2), _TMA(64, 64, 4, 2)),
+        (_TMA(64, 64, 4, 2), _T(32, 64, 4, 3), _T(64, 128, 8, 2), _T(64, 64, 8, 2), _T(64, 64, 8, 1), _TMA(64, 128, 8, 2)),
     ),
     ("sm_90", 2, 256): (
         (_T(64, 64, 4, 3), _T(128, 32, 8, 2), _T(64, 32, 4, 2), _TMA(64, 64, 4, 3), _TMA(128, 64, 8, 2)),
@@ -128,9 +129,7 @@ _INTERPRETER = KernelPlan((_T(32, 16, 1, 1),), (_T(32, 16, 1, 1),), (_T(16, 32, 
 
 
 @lru_cache(maxsize=256)
-def kernel_plan(
-    capability: tuple[int, int] | None, itemsize: int, head_dim: int
-) -> KernelPlan:
+def kernel_plan(capability: tuple[int, int] | None, itemsize: int, head_dim: int) -> KernelPlan:
     """The plan for elements of `itemsize` bytes and the larger of the two (padded) head dims.
 
     `capability` is the device's (major, minor); None is Triton's interpreter.

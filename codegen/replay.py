@@ -2,8 +2,8 @@
 
 Triton binds and specialises every argument at every launch, some 50 microseconds with these argument lists. What it finds
 depends only on shapes, strides, dtypes, alignment and constants. So the launches of a call are recorded once for each
-such signature, with every tensor replaced by what it was in the call, and then repeated on the tensors of later calls
-through the compiled kernels' own launcher.
+such signature, with every tensor replaced by what it was in the call, and written down as a function that repeats them on the
+tensors of later calls through the compiled kernels' own launcher.
 
 That launcher is an internal of Triton: it is used only if this Triton calls it in exactly the known way.
 """
@@ -14,7 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ class Described:
 
     def at(self, address: int) -> Any:
         """The descriptor for the tensor that lies there now; the launcher asks its base for nothing but the address."""
-        moved = copy.copy(self.descriptor)
+        moved = object.__new__(type(self.descriptor))
+        moved.__dict__.update(self.descriptor.__dict__)
         moved.base = _Base(address)
         return moved
 
@@ -72,20 +73,13 @@ class _Base:
         return self.address
 
 
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch; `arguments` are all of the kernel's parameters in order, tensors as slots."""
 
-    def __init__(self, kernel: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
-        self.kernel, self.blocks, self.arguments = kernel, blocks, arguments
-        self._run, self._head = kernel.run, (kernel.function, kernel.packed_metadata, None, None, None)
-        self._moving = tuple((place, value) for place, value in enumerate(arguments) if _moves(value))
-
-    def __call__(self, stream: int, given: Sequence[int], scratch: Sequence[int]) -> None:
-        """Launch with the tensors at these addresses. The launcher takes an address for a pointer as it takes a tensor."""
-        arguments = list(self.arguments)
-        for place, value in self._moving:
-            arguments[place] = _placed(value, given, scratch)
-        self._run(self.blocks, 1, 1, stream, *self._head, *arguments)
+    kernel: Any
+    blocks: int
+    arguments: tuple[Any, ...]
 
 
 def _without_base(descriptor: Any) -> Any:
@@ -93,18 +87,6 @@ def _without_base(descriptor: Any) -> Any:
     bare = copy.copy(descriptor)
     bare.base = None
     return bare
-
-
-def _moves(value: Any) -> bool:
-    return type(value) in (Slot, Described) or (type(value) is tuple and any(_moves(item) for item in value))
-
-
-def _placed(value: Any, given: Sequence[int], scratch: Sequence[int]) -> Any:
-    if type(value) is Slot:
-        return scratch[value.number] if value.scratch else given[value.number]
-    if type(value) is Described:
-        return value.at(_placed(value.slot, given, scratch))
-    return tuple(_placed(item, given, scratch) for item in value) if type(value) is tuple else value
 
 
 @dataclass(frozen=True)
@@ -121,6 +103,7 @@ class Recording:
     """What one call does, in order: allocations, then launches. `results` are the slots of its scratch results."""
 
     given: Sequence[Tensor]
+    device: int  # the number of the CUDA device
     allocations: list[Allocation] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     results: tuple[Slot, ...] = ()
@@ -174,28 +157,91 @@ class Recording:
         self._kept.clear()
         if not self.sound or any(slot is None for slot in slots):
             return None
-        return Replay(tuple(self.allocations), tuple(self.launches), tuple(slots))  # type: ignore[arg-type]
+        given = tuple(Given(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()) for t in self.given)
+        return Replay(self.device, given, tuple(self.allocations), tuple(self.launches), tuple(slots))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a replay asks of a tensor that it is given."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int  # bytes from an aligned address
+    device: int
 
 
 @dataclass(frozen=True)
 class Replay:
     """A recorded call, ready to be repeated on other tensors of the same signature."""
 
+    device: int
+    given: tuple[Given, ...]
     allocations: tuple[Allocation, ...]
     launches: tuple[Launch, ...]
     results: tuple[Slot, ...]
 
-    def __call__(self, given: Sequence[Tensor], addresses: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Run on the current stream of the current CUDA device, which must be `device`; returns the results."""
-        scratch = [_empty_strided_cuda(each.shape, each.strides, each.dtype) for each in self.allocations]
-        places = [tensor.data_ptr() for tensor in scratch]
-        stream = _driver().get_current_stream(device.index)
-        for launch in self.launches:
-            launch(stream, addresses, places)
-        return [scratch[slot.number] if slot.scratch else given[slot.number] for slot in self.results]
+    @cached_property
+    def repeat(self) -> Callable[[Sequence[Tensor]], list[Tensor] | None]:
+        """The call on these tensors, on the current stream of the current CUDA device, which must be `device`; returns the
+        results, or None, and does nothing, for tensors of another signature."""
+        text, names = self.text()
+        exec(compile(text, "<flashfuse replay>", "exec"), names)
+        return names["repeat"]  # type: ignore[no-any-return]
+
+    def text(self) -> tuple[str, dict[str, Any]]:
+        """The function's text, and what its names mean."""
+        names: dict[str, Any] = {"empty_strided": _empty_strided_cuda, "current_stream": _driver().get_current_stream}
+        lines = [f"{', '.join(f'x{i}' for i in range(len(self.given)))}, = given"]
+        for i, each in enumerate(self.given):
+            tests = [f"x{i}.get_device() == {each.device}", f"x{i}.dtype is {_named(each.dtype, names)}"]
+            tests += [f"x{i}.shape == {each.shape}", f"x{i}.stride() == {each.strides}"]
+            lines += [f"if not ({' and '.join(tests)}):", "    return None"]
+        lines += [f"at_x{i} = x{i}.data_ptr()" for i in range(len(self.given))]
+        aligned = [f"at_x{i} & 15 == {each.offset}" for i, each in enumerate(self.given)]
+        lines += [f"if not ({' and '.join(aligned)}):", "    return None"]
+        for i, new in enumerate(self.allocations):
+            lines += [
+                f"y{i} = empty_strided({new.shape}, {new.strides}, {_named(new.dtype, names)})",
+                f"at_y{i} = y{i}.data_ptr()",
+            ]
+        lines.append(f"stream = current_stream({self.device})")
+        for start in self.launches:
+            head = [_named(item, names) for item in (start.kernel.function, start.kernel.packed_metadata)]
+            arguments = [str(start.blocks), "1", "1", "stream", *head, "None", "None", "None"]
+            arguments += [_written(value, names) for value in start.arguments]
+            lines.append(f"{_named(start.kernel.run, names)}({', '.join(arguments)})")
+        lines.append(f"return [{', '.join(f'{_letter(slot)}{slot.number}' for slot in self.results)}]")
+        return "def repeat(given):\n" + "".join(f"    {line}\n" for line in lines), names
+
+
+def _letter(slot: Slot) -> str:
+    return "y" if slot.scratch else "x"
+
+
+def _named(value: Any, names: dict[str, Any]) -> str:
+    """A name that means the value."""
+    for name, known in names.items():
+        if known is value:
+            return name
+    names[f"c{len(names)}"] = value
+    return f"c{len(names) - 1}"
+
+
+def _written(value: Any, names: dict[str, Any]) -> str:
+    """An argument of a launch as text."""
+    if isinstance(value, Slot):
+        return f"at_{_letter(value)}{value.number}"
+    if isinstance(value, Described):
+        return f"{_named(value.at, names)}({_written(value.slot, names)})"
+    if type(value) is tuple:
+        return f"({''.join(f'{_written(item, names)}, ' for item in value)})"
+    return repr(value) if value is None or type(value) in (bool, int, str) else _named(value, names)
 
 
 _replays: dict[Any, Replay | None] = {}
+_last: dict[Any, Replay] = {}  # by the call's key alone: tensors are most often as they were at the last call
 _seen: set[Any] = set()
 
 
@@ -214,27 +260,35 @@ def repeated(
 
     `run(recording)` makes the call; `key` must hold all that decides what it does besides the tensors' signature.
     """
+    last = _last.get(key)
+    if last is not None and last.device == torch.cuda.current_device() and not _hooked():
+        results = last.repeat(given)
+        if results is not None:
+            return results
     if device.type != "cuda" or not available() or _hooked() or device.index != torch.cuda.current_device():
         return run(None)
-    addresses = [tensor.data_ptr() for tensor in given]
-    key = (key, device.index, signature(given, addresses))
+    call = key
+    key = (call, device.index, signature(given, [tensor.data_ptr() for tensor in given]))
     replay = _replays.get(key)
-    if replay is not None:
-        return replay(given, addresses, device)
+    results = None if replay is None else replay.repeat(given)
+    if replay is not None and results is not None:
+        _last[call] = replay
+        return results
     if len({id(tensor) for tensor in given}) != len(given):
         return run(None)  # one tensor in two places: which of the two a launch took could not be told
     if key in _replays or key not in _seen:
         _seen.add(key)
         return run(None)
-    recording = Recording(given)
-    results = run(recording)
-    _replays[key] = recording.finish(results)
-    return results
+    recording = Recording(given, device.index)
+    made = run(recording)
+    _replays[key] = recording.finish(made)
+    return made
 
 
 def forget() -> None:
     """Record all calls anew."""
     _replays.clear()
+    _last.clear()
     _seen.clear()
 
 

@@ -116,7 +116,7 @@ def kernels_run_on(device_type: str) -> bool:
 
 def run_kernels(spec: AttentionSpec, direction: str, on_cuda: bool, *arguments: Any) -> Any:
     """What the Triton kernels give, or None where they cannot run. A failing kernel warns once a spec."""
-    if not kernels_run_on("cuda" if on_cuda else "cpu") or (spec.key, direction) in _failed:
+    if not (on_cuda or kernels_run_on("cpu")) or (_failed and (spec.key, direction) in _failed):
         return None
     try:
         return getattr(_launch(), direction)(spec, *arguments)

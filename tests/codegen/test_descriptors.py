@@ -122,12 +122,12 @@ def test_one_tensor_that_cannot_be_described_is_enough() -> None:
     assert [box.block_shape for box in boxes] == [[1, 1, 16, 16], [1, 1, 16, 32]]
 
 
-def test_no_default_loads_by_descriptors() -> None:
-    """Until they are timed: a tile that is not known to be better is no default, but max-autotune tries it."""
-    for plan in (kernel_plan((9, 0), 2, dim) for dim in (64, 128, 256)):
-        for name in KERNELS:
-            assert not getattr(plan, name)[0].tma
-            assert any(tile.tma for tile in tuning_candidates(plan, name))
+def test_what_loads_by_descriptors_without_tuning() -> None:
+    """Only where that was timed and found faster, which is the backward at head dim 128; max-autotune tries it elsewhere."""
+    plans = {dim: kernel_plan((9, 0), 2, dim) for dim in (64, 128, 256)}
+    first = {(dim, name) for dim, plan in plans.items() for name in KERNELS if getattr(plan, name)[0].tma}
+    assert first == {(128, "grad_query"), (128, "grad_key_value")}
+    assert all(any(tile.tma for tile in tuning_candidates(plan, name)) for plan in plans.values() for name in KERNELS)
     assert not any(tile.tma for name in KERNELS for tile in tuning_candidates(kernel_plan((8, 0), 2, 128), name))
 
 
@@ -151,12 +151,12 @@ def test_a_repeated_launch_describes_the_tensor_of_its_own_call() -> None:
     """Through the compiled kernel's launcher, which asks the base of a descriptor for its address."""
     tensor = torch.zeros(2, 3, 20, 16, dtype=torch.float16)
     descriptor = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, 16, 16])
-    seen: list[Any] = []
-    kernel = SimpleNamespace(run=lambda *arguments: seen.append(arguments[-1]), function=None, packed_metadata=None)
-    recording = Recording([tensor])
+    kernel = SimpleNamespace(run=None, function=None, packed_metadata=None)
+    recording = Recording([tensor], 0)
     recording.launched(kernel, 1, SimpleNamespace(arg_names=["key"]), (descriptor,), {})
     assert recording.sound
-    recording.launches[0](0, [4096], [])
-    assert seen[0].base.data_ptr() == 4096
-    assert (seen[0].shape, seen[0].strides, seen[0].block_shape) == (descriptor.shape, descriptor.strides, [1, 1, 16, 16])
+    moved = recording.launches[0].arguments[0].at(4096)
+    assert type(moved) is TensorDescriptor
+    assert moved.base.data_ptr() == 4096
+    assert (moved.shape, moved.strides, moved.block_shape) == (descriptor.shape, descriptor.strides, [1, 1, 16, 16])
     assert descriptor.base is tensor

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashfuse.codegen import launch, replay
-from flashfuse.codegen.replay import Launch, Recording, Replay, Slot
+from flashfuse.codegen.replay import Recording, Replay, Slot
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
@@ -30,7 +30,7 @@ FUNCTION = SimpleNamespace(arg_names=["x", "out", "inputs", "size", "BLOCK"])
 
 def test_a_recording_replaces_tensors_by_their_roles():
     x, capture = torch.ones(2), torch.zeros(3, dtype=torch.bool)
-    recording = Recording([x, capture])
+    recording = Recording([x, capture], 0)
     out = torch.empty(2)
     recording.allocated(out)
     shown = capture.view(torch.int8)
@@ -46,14 +46,14 @@ def test_a_recording_replaces_tensors_by_their_roles():
 
 def test_what_cannot_be_repeated_is_not():
     x = torch.ones(2)
-    unknown = Recording([x])
+    unknown = Recording([x], 0)
     unknown.launched(compiled(), 1, FUNCTION, (x, torch.empty(2), ()), {})
     assert unknown.finish([x]) is None
-    declared = Recording([x])
+    declared = Recording([x], 0)
     declared.sound = False
     assert declared.finish([x]) is None
-    assert Recording([x]).finish([torch.empty(1)]) is None
-    assert Recording([x]).finish([x]) is not None
+    assert Recording([x], 0).finish([torch.empty(1)]) is None
+    assert Recording([x], 0).finish([x]) is not None
 
 
 def test_the_signature_sees_all_that_triton_specialises_on():
@@ -69,14 +69,69 @@ def test_the_signature_sees_all_that_triton_specialises_on():
     assert signature(x[:16].float()) != base
 
 
+class Descriptor:
+    """Like Triton's: a base and what else is known of it."""
+
+    def __init__(self, base: torch.Tensor) -> None:
+        self.base, self.block_shape = base, [1, 16]
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays that allocate on the CPU, on a stream of their own."""
+    monkeypatch.setattr(replay, "_driver", lambda: SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
+    monkeypatch.setattr(
+        replay, "_empty_strided_cuda", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    )
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_a_repeated_launch_takes_the_addresses_of_its_own_call():
     started: list[tuple[object, ...]] = []
     kernel = SimpleNamespace(packed_metadata="metadata", function="function", run=lambda *given: started.append(given))
-    launch = Launch(kernel, 7, (Slot(0, False), Slot(0, True), (Slot(1, False), 1), (2, 3), 2, 16))
-    for given, scratch in (([100, 200], [300]), ([400, 500], [600])):
-        launch("stream", given, scratch)
-        head = (7, 1, 1, "stream", "function", "metadata", None, None, None)
-        assert started[-1] == (*head, given[0], scratch[0], (given[1], 1), (2, 3), 2, 16)
+    x, capture, out = torch.ones(2, 3), torch.zeros(5), torch.empty(3, 2).t()
+    recording = Recording([x, capture], 0)
+    recording.allocated(out)
+    function = SimpleNamespace(arg_names=["x", "out", "inputs", "described", "mode", "BLOCK"])
+    inputs = (capture, 1, (2, 3))
+    recording.launched(kernel, 7, function, (x, out, inputs, Descriptor(capture), "tf32"), {"BLOCK": 16})
+    found = recording.finish([out, x])
+    assert found is not None
+    for _ in range(2):
+        given = [torch.ones(2, 3), torch.zeros(5)]
+        results = found.repeat(given)
+        assert results is not None
+        new, same = results
+        assert (new.shape, new.stride(), same) == (out.shape, out.stride(), given[0])
+        *head, first, second, third, described, mode, block = started[-1]
+        assert head == [7, 1, 1, ("stream", 0), "function", "metadata", None, None, None]
+        places = [tensor.data_ptr() for tensor in (given[0], new, given[1])]
+        assert (first, second, third, mode, block) == (places[0], places[1], (places[2], 1, (2, 3)), "tf32", 16)
+        assert (described.base.data_ptr(), described.block_shape) == (places[2], [1, 16])
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(4, 2, dtype=torch.float32),
+        torch.zeros(2, 4, dtype=torch.float32).t(),
+        torch.zeros(4, 4, dtype=torch.float32)[:, :3],
+        torch.zeros(13, dtype=torch.float32)[1:].view(4, 3),
+        torch.zeros(4, 3, dtype=torch.int32),
+    ],
+)
+def test_a_tensor_of_another_signature_is_not_taken(other: torch.Tensor):
+    started: list[object] = []
+    kernel = SimpleNamespace(packed_metadata=(), function=0, run=lambda *given: started.append(given))
+    like = torch.zeros(4, 3)
+    recording = Recording([like], 0)
+    recording.launched(kernel, 1, FUNCTION, (like, like, (), 1, 1), {})
+    found = recording.finish([like])
+    assert found is not None
+    assert found.repeat([torch.zeros(4, 3)]) is not None
+    assert found.repeat([other]) is None
+    assert len(started) == 1
 
 
 def test_the_cpu_is_never_repeated():
@@ -96,7 +151,7 @@ def test_nothing_keeps_a_calls_tensors_alive():
         alive = weakref.ref(call)
         del call
         assert alive() is None
-        recording = Recording([inputs.query])
+        recording = Recording([inputs.query], 0)
         scratch = torch.empty(2)
         recording.allocated(scratch)
         assert recording.finish([scratch]) is not None
