@@ -2,8 +2,7 @@
 
 Milliseconds, and the speed at which keys and values were read as a share of that of a device-to-device copy in the same
 run. The code is transformers' eager attention; its mask hides what lies beyond the position. Correctness against float64.
-`graph_ms` is a call's share of a CUDA graph of many calls on keys that no cache still holds. "overlapping" is flashfuse
-with programmatic dependent launch.
+`graph_ms` is a call's share of a CUDA graph of many calls on keys that no cache still holds.
 
     python benchmarks/decode.py [--length 32768] [--out decode]
 """
@@ -11,9 +10,7 @@ with programmatic dependent launch.
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +19,10 @@ from torch import Tensor
 
 from flashfuse.bench_peers import median_ms
 from flashfuse.bench_variants import repeat_kv
-from flashfuse.codegen import decode, replay
 
 SHAPES = ((1, 32, 8, 128), (4, 32, 8, 128), (16, 32, 8, 128), (4, 16, 16, 128), (4, 32, 8, 64), (1, 71, 1, 64))  # B H G D
 
-IN_GRAPHS = ("sdpa", "flashfuse", "overlapping")
+IN_GRAPHS = ("sdpa", "flashfuse")
 CACHE_BYTES = 2**27  # more than any cache holds
 
 
@@ -60,17 +56,6 @@ def copy_gigabytes_a_second() -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), "cuda", []) / 1e6
 
 
-@contextlib.contextmanager
-def overlapping() -> Iterator[None]:
-    """With programmatic dependent launch."""
-    replay.forget()
-    try:
-        with mock.patch.object(decode, "OVERLAP", True):
-            yield
-    finally:
-        replay.forget()
-
-
 def graph_ms(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> float:
     """Milliseconds of one of the calls of a CUDA graph, which go round copies of the keys and values."""
     copies = -(-CACHE_BYTES // (2 * key.numel() * key.element_size()))
@@ -102,7 +87,6 @@ def main() -> None:
             "eager": eager, "sdpa": sdpa, "inductor": torch.compile(eager, dynamic=False),
             "flex": flex(options.length), "flashfuse": torch.compile(eager, backend="flashfuse", dynamic=False),
         }  # fmt: skip
-        peers["overlapping"] = peers["flashfuse"]
         query = torch.randn(batch, heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.randn(batch, groups, options.length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         position = torch.tensor([options.length - 1], device="cuda")
@@ -111,7 +95,7 @@ def main() -> None:
         for peer, run in peers.items():
             row = {"peer": peer, "batch": batch, "heads": heads, "groups": groups, "head_dim": head_dim}
             try:
-                with torch.no_grad(), overlapping() if peer == "overlapping" else contextlib.nullcontext():
+                with torch.no_grad():
                     error = (run(query, key, value, position)[:1].double() - exact).abs().max().item()
                     ms = median_ms(lambda: run(query, key, value, position), "cuda", [])  # noqa: B023
                     in_graph = graph_ms(run, query, key, value, position) if peer in IN_GRAPHS else None

@@ -18,10 +18,16 @@ PAGE = ROOT / "docs" / "measurements.md"
 Row = dict[str, Any]
 
 
-def latest(name: str, *keys: str) -> dict[tuple[Any, ...], Row]:
-    """The last row of each cell of a result file."""
-    runs = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return {tuple(row[key] for key in keys): row for run in runs for row in run["rows"] if "failed" not in row}
+def latest(name: str, peer: str, needed: set[str], *keys: str) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Rows by what the column `peer` says, for each cell of a result file: of the last run that has all that is `needed`."""
+    found = {}
+    for run in json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()):
+        cells: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in run["rows"]:
+            if "failed" not in row:
+                cells.setdefault(tuple(row[key] for key in keys), {})[row[peer]] = row
+        found |= {key: cell for key, cell in cells.items() if needed <= cell.keys()}
+    return found
 
 
 def mean(ratios: Iterable[float]) -> float:
@@ -37,17 +43,16 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 def flex(own: str) -> str:
     """A peer's speed over FlexAttention's, masks prepared in both: forward / backward, and the geometric means."""
-    cells = latest("flex_grid", "variant", "length", "head_dim", "peer")
-    names = list(dict.fromkeys(name for name, _, _, peer in cells if peer == own))
-    lengths = sorted({length for _, length, _, peer in cells if peer == own})
-    head_dims = sorted({head_dim for *_, head_dim, peer in cells if peer == own})
+    cells = latest("flex_grid", "peer", {"flex", own}, "variant", "length", "head_dim")
+    names = list(dict.fromkeys(name for name, _, _ in cells))
+    lengths, head_dims = (sorted({cell[place] for cell in cells}) for place in (1, 2))
     found: dict[str, list[float]] = {"forward_ms": [], "backward_ms": []}
 
     def cell(name: str, length: int, head_dim: int) -> str:
-        pair = [cells.get((name, length, head_dim, peer)) for peer in ("flex", own)]
-        if pair[0] is None or pair[1] is None:
+        pair = cells.get((name, length, head_dim))
+        if pair is None:
             return ""
-        ratios = {key: pair[0][key] / pair[1][key] for key in found}
+        ratios = {key: pair["flex"][key] / pair[own][key] for key in found}
         for key, ratio in ratios.items():
             found[key].append(ratio)
         return " / ".join(f"{ratio:.2f}" for ratio in ratios.values())
@@ -61,20 +66,54 @@ def flex(own: str) -> str:
 
 def cudnn(name: str) -> str:
     """The Hopper kernel's TFLOP/s and its share of cuDNN's, by head dim, mask and length."""
-    cells = latest(name, "head_dim", "causal", "length", "kernel")
-    lengths = sorted({length for _, _, length, _ in cells})
+    cells = latest(name, "kernel", {"hopper", "cudnn"}, "head_dim", "causal", "length")
+    lengths = sorted({length for _, _, length in cells})
     rows = []
-    for head_dim, causal in dict.fromkeys((head_dim, causal) for head_dim, causal, _, _ in cells):
-        pairs = [[cells[head_dim, causal, length, kernel]["tflops"] for kernel in ("hopper", "cudnn")] for length in lengths]
+    for head_dim, causal in dict.fromkeys((head_dim, causal) for head_dim, causal, _ in cells):
+        pairs = [[cells[head_dim, causal, length][kernel]["tflops"] for kernel in ("hopper", "cudnn")] for length in lengths]
         shares = [own / other for own, other in pairs]
         each = [f"{own:.0f} ({share:.2f})" for (own, _), share in zip(pairs, shares, strict=True)]
         rows.append([f"{head_dim}, {'causal' if causal else 'full'}", *each, f"{mean(shares):.3f}"])
     return markdown(["head dim, mask", *(f"S = {length}" for length in lengths), "geometric mean"], rows)
 
 
+def forms() -> str:
+    """Milliseconds of attention's other forms, forward / forward+backward, and how many times as fast flashfuse is."""
+    cells = latest("attention_forms", "peer", {"inductor", "flashfuse"}, "variant", "head_dim")
+    peers = ("eager", "inductor", "flex", "flashfuse")
+    keys = ("forward_ms", "both_ms")
+    rows = []
+    for (variant, head_dim), cell in sorted(cells.items(), key=lambda item: item[0][::-1]):
+        times = ["" if peer not in cell else " / ".join(f"{cell[peer][key]:.2f}" for key in keys) for peer in peers]
+        ratios = [
+            "" if peer not in cell else " / ".join(f"{cell[peer][key] / cell['flashfuse'][key]:.2f}" for key in keys)
+            for peer in ("flex", "inductor")
+        ]
+        rows.append([f"{variant}, {head_dim}", *times, *ratios])
+    heads = ["code, head dim", "eager", "Inductor", "FlexAttention", "flashfuse", "× FlexAttention", "× Inductor"]
+    return markdown(heads, rows)
+
+
+def decoding() -> str:
+    """Milliseconds of a call of one query a head, and the share of a copy's bandwidth; in brackets of a CUDA graph's."""
+    peers = ("eager", "inductor", "flex", "sdpa", "flashfuse")
+    shape = ("batch", "heads", "groups", "head_dim")
+    cells = latest("decode", "peer", set(peers), *shape)
+
+    def said(row: Row) -> str:
+        alone = f"{row['ms']:.3f}, {row['share_of_copy']:.0%}"
+        return alone + (f" ({row['graph_ms']:.3f}, {row['graph_share_of_copy']:.0%})" if "graph_ms" in row else "")
+
+    rows = [[", ".join(map(str, key)), *(said(cell[peer]) for peer in peers)] for key, cell in cells.items()]
+    heads = ["batch, heads, key heads, head dim", "eager", "Inductor", "FlexAttention", "SDPA, no mask", "flashfuse"]
+    return markdown(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "flex portable": lambda: flex("portable"),
     "flex flashfuse": lambda: flex("flashfuse"),
+    "forms": forms,
+    "decoding": decoding,
     "cudnn forward": lambda: cudnn("hopper"),
     "cudnn backward": lambda: cudnn("hopper_backward"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashfuse.codegen.launches import interpreting
 from flashfuse.codegen.plan import Tile
 from flashfuse.ir.attention_spec import EmptyRows
 from flashfuse.ir.derivative import index_letters
@@ -23,7 +21,6 @@ _MOST_ROWS = 128  # beyond that they still cost less than reading the keys more 
 _MOST_SPLITS = 128
 _KEYS = 128  # fewer are not worth a program
 _WAVES = 2  # programs that share a multiprocessor
-OVERLAP = False  # the second kernel set up while the first runs: compiled and argued, not yet run on a device
 _LOW_KEYS = (64, 16)  # keys at a time for a low row, at head dims to 128 and above
 
 
@@ -54,57 +51,30 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def driver_version() -> int:
-    """CUDA's, as 1000 * major + 10 * minor; 0 without a driver."""
-    version = ctypes.c_int(0)
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return 0
-    return 0 if failed else version.value
-
-
-@cache
-def may_overlap(device: torch.device) -> bool:
-    """Whether the second kernel may be set up while the first one runs (programmatic dependent launch, CUDA 12.3 for graphs)."""
-    if device.type != "cuda" or interpreting() or torch.version.hip is not None:
-        return False
-    if torch.cuda.get_device_capability(device) < (9, 0) or driver_version() < 12030:
-        return False
-    try:
-        from triton.backends.nvidia.compiler import CUDAOptions
-        from triton.language.extra import cuda
-    except ImportError:
-        return False
-    return hasattr(CUDAOptions, "launch_pdl") and hasattr(cuda, "gdc_wait") and hasattr(cuda, "gdc_launch_dependents")
-
-
 def run(call: Call, split: Split, out: Tensor, stats: Tensor) -> None:
     """Fill `out` and `stats`, of low rows too."""
     rows = call.B * call.H * call.M
     parts = call.empty((rows, split.parts, call.E), torch.float32)
     part_stats = call.empty((2, rows, split.parts), torch.float32)
-    overlap = OVERLAP and may_overlap(call.query.device)
-    call.launch("decode", lambda tile: _decode(call, tile, split, parts, part_stats, overlap))
+    call.launch("decode", lambda tile: _decode(call, tile, split, parts, part_stats))
     constants = {name: value for name, value in call.constants.items() if name != "SHIFTED"}
     call.start(
         "flashfuse_combine", rows,
         call.query, call.key, call.value, parts, part_stats, out, stats, call.inputs,
         *call.strides(call.query, call.key, call.value, out), *call.shape, call.plane, split.parts,
         BLOCK_N=_LOW_KEYS[max(call.padded) > 128], SPLITS=_power_of_two(split.parts), **constants,
-        EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, PDL=overlap,
-        num_warps=4, num_stages=1, **({"launch_pdl": True} if overlap else {}),
+        EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
-def _decode(call: Call, tile: Tile, split: Split, parts: Tensor, part_stats: Tensor, overlap: bool) -> Any:
+def _decode(call: Call, tile: Tile, split: Split, parts: Tensor, part_stats: Tensor) -> Any:
     packs = call.B * call.H // split.pack
     return call.start(
         "flashfuse_decode", packs * split.parts,
         call.query, call.key, call.value, parts, part_stats, call.inputs,
         *call.strides(call.query, call.key, call.value), *call.shape, split.parts, split.pack, parts.shape[0],
         BLOCK_M=max(tile.block_m, _power_of_two(split.pack * call.M)), BLOCK_N=tile.block_n,
-        EVEN=call.N % tile.block_n == 0, **call.constants, BRANCH=tile.branch, PDL=overlap,
+        EVEN=call.N % tile.block_n == 0, **call.constants, BRANCH=tile.branch,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

@@ -3,9 +3,6 @@
 
 Flash-Decoding (Dao, Haziza, Massa, Sizov 2023). Query heads that share a key head are packed into the rows of one tile, so
 that keys and values are read once for all of them.
-
-PDL: programmatic dependent launch, from sm_90 on. The second kernel may be set up as soon as every program of the first one
-has started, and waits on the device for the first one's end, instead of being sent when the first one has ended.
 """
 
 import triton
@@ -23,17 +20,12 @@ def flashfuse_decode(
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BRANCH: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """parts `[B * H * M, splits, E]`, not divided yet, and their largest scores and sums `[2, B * H * M, splits]`, float32.
 
     The grid is (splits * B * H / pack,): a program has all queries of `pack` heads of one group and a share of the keys.
     `rows` is B * H * M.
     """
-    if PDL:
-        # A hint alone: what the next kernel reads is ordered by its own wait. It takes no place from this one's programs,
-        # since it starts when all of them have come here.
-        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0) % splits
     packs = H // pack
     b = tl.program_id(0) // splits // packs
@@ -107,7 +99,7 @@ def flashfuse_combine(
     query, key, value, parts, part_stats, out, stats, inputs,
     query_b, query_h, query_m, key_b, key_g, key_n, value_b, value_g, value_n, out_b, out_h, out_m, H, GROUP, M, N, plane, splits,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out `[B, H, M, E]` and stats `[PLANES, B, H, M]` from the parts; the grid is (B * H * M,). SPLITS holds `splits`.
 
@@ -121,10 +113,6 @@ def flashfuse_combine(
     column = tl.arange(0, E_PAD)[None, :]
     place_wide = tl.cast(place, tl.int64)
     part = place_wide * splits + split
-    if PDL:
-        # Before any access to memory: returns when the grid before has ended and all that it wrote can be seen. Every
-        # program must come here, or this grid could end, and the next kernel start, before that one has ended.
-        tl.extra.cuda.gdc_wait()
     top = tl.load(part_stats + part, mask=split < splits, other=float("-inf"))
     total = tl.load(part_stats + tl.cast(plane, tl.int64) * splits + part, mask=split < splits, other=0.0)
     acc = tl.load(parts + part[:, None] * E + column, mask=(split < splits)[:, None] & (column < E), other=0.0)

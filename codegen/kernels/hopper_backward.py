@@ -141,7 +141,7 @@ def load_queries(
 ):  # fmt: skip
     """The loading partition: keys and values, then queries, output gradients and rows block by block."""
     queries, keys, values, grads, lses, deltas = buffers[:6]
-    key_full, query_full, grad_full, empty, _ds_full = buffers[8:]
+    key_full, query_full, query_empty, grad_full, grad_empty, _ds_full = buffers[8:]
     B, H, G, M, N, section = lengths
     first, b, g = block_of((N + BLOCK_N - 1) // BLOCK_N, B, G, section, BLOCK_N, SWAPPED)
     group = H // G
@@ -155,10 +155,12 @@ def load_queries(
         for i in range(count):
             m = lo + i * BLOCK_M
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+            used = step // STAGES & 1 ^ 1
+            mbarrier.wait(query_empty.index(stage), used)
             mbarrier.expect(query_full.index(stage), query.block_type.nbytes + rows.block_type.nbytes)
             tma_load(query, [b, h, m, 0], query_full.index(stage), queries.index(stage))
             tma_load(rows, [row, m], query_full.index(stage), lses.index(stage))
+            mbarrier.wait(grad_empty.index(stage), used)
             mbarrier.expect(grad_full.index(stage), grad_out.block_type.nbytes + rows.block_type.nbytes)
             tma_load(grad_out, [b, h, m, 0], grad_full.index(stage), grads.index(stage))
             tma_load(rows, [row + 1, m], grad_full.index(stage), deltas.index(stage))
@@ -180,7 +182,7 @@ def differentiate(
     bounds, and keys and values are held in registers.
     """
     queries, keys, values, grads, lses, deltas, staged, sums = buffers[:8]
-    key_full, query_full, grad_full, empty, ds_full = buffers[8:]
+    key_full, query_full, query_empty, grad_full, grad_empty, ds_full = buffers[8:]
     B, H, G, M, N, section = lengths
     key_b, key_g, key_n, value_b, value_g, value_n = strides
     D_PAD: gl.constexpr = keys.type.shape[3]
@@ -261,20 +263,21 @@ def differentiate(
                 keys_grad = warpgroup_mma(gl.convert_layout(ds, for_key), q, dk, is_async=True)
                 mbarrier.wait(ds_full.index(0), step & 1)
                 part = warpgroup_mma(shared.permute((1, 0)), summed_keys, zero_sum, use_acc=False, is_async=True)
+                dv = warpgroup_mma_wait(2, deps=[values_grad])
+                mbarrier.arrive(grad_empty.index(stage), count=1)
             else:
                 keys_grad = warpgroup_mma(gl.convert_layout(ds, for_key), q, dk, is_async=True)
                 own_part.store(ds)
                 fence_async_shared()
                 dv = warpgroup_mma_wait(1, deps=[values_grad])
+                mbarrier.arrive(grad_empty.index(stage), count=1)
                 part = warpgroup_mma(own_part.permute((1, 0)), summed_keys, zero_sum, use_acc=False, is_async=True)
-            if EXCHANGED:
-                dv = warpgroup_mma_wait(2, deps=[values_grad])
             dk = warpgroup_mma_wait(1, deps=[keys_grad])
+            mbarrier.arrive(query_empty.index(stage), count=1)
             part = warpgroup_mma_wait(0, deps=[part])
             tma_store_wait(0)  # what was added last has been read
             sums.index(CONSUMER).reshape([BLOCK_M, COLUMNS]).store(part)
             fence_async_shared()
-            mbarrier.arrive(empty.index(stage), count=1)
             tma_add(grad_sum, [b * H + h, begin, first_column], sums.index(CONSUMER))
             step += 1
     store_own(grad_key + b.to(gl.int64) * key_b + g.to(gl.int64) * key_g, key_n, (dk * SCALE).to(dtype), own, N, D)
@@ -319,13 +322,14 @@ def flashfuse_hopper_backward(
     sums = gl.allocate_shared_memory(gl.float32, [2] + grad_sum.block_type.shape, grad_sum.layout)
     key_full = barriers(1, 1)
     query_full = barriers(STAGES, 1)
+    query_empty = barriers(STAGES, 2)
     grad_full = barriers(STAGES, 1)
-    empty = barriers(STAGES, 2)
+    grad_empty = barriers(STAGES, 2)
     ds_full = barriers(1, 2)
     fence_async_shared()
     buffers = (
         queries, keys, values, grads, lses, deltas, staged, sums,
-        key_full, query_full, grad_full, empty, ds_full,
+        key_full, query_full, query_empty, grad_full, grad_empty, ds_full,
     )  # fmt: skip
     lengths = (B, H, G, M, N, section)
     strides = (key_b, key_g, key_n, value_b, value_g, value_n)

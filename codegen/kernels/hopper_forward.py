@@ -317,43 +317,6 @@ def pass_over(step, number, key_full, key_empty, value_full, value_empty, STAGES
 
 
 @gluon.jit
-def walk(
-    acc, p, top, total, q, zero, operand: gl.constexpr, buffers, inputs, lo, start, end, count, step,
-    full_lo, full_hi, b, h, m, inside_m, column, M, N,
-    dtype: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
-):  # fmt: skip
-    """The blocks [start, end) of a tile's `count`, the first of which is at key `lo` and was the pipeline's `step`-th.
-
-    Each turns the last block's probabilities `p` into a product under way while the softmax of its own is taken: the order
-    is scores of this block, product of the last block, softmax of this block. The wait for the next keys stands before
-    that for the product: where it spins a basic block ends, over which ptxas does not move the wait for the product (before
-    the exponentials, where it would undo all this).
-    """
-    _queries, keys, values, _staged, _query_full, _query_empty, key_full, key_empty, value_full, value_empty = buffers
-    BLOCK_N: gl.constexpr = zero.shape[1]
-    for i in range(start, end):
-        last = (step + i - 1) % STAGES
-        stage = (step + i) % STAGES
-        loaded = elements_of(lo + i * BLOCK_N, b, h, m, inside_m, column, M, N, inputs, EVEN)
-        scores = scores_of(q, keys, stage, zero)
-        mbarrier.wait(value_full.index(last), (step + i - 1) // STAGES & 1)
-        products = added(acc, p, values, last)
-        s = warpgroup_mma_wait(len(values), deps=[scores])
-        mbarrier.arrive(key_empty.index(stage), count=1)
-        p, shrink, top, total = soften(
-            s, loaded, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
-            MASKED, EVEN, SHIFTED,
-        )  # fmt: skip
-        following = step + i + 1
-        mbarrier.wait(key_full.index(following % STAGES), following // STAGES & 1, pred=i + 1 < count)
-        acc = waited(products)
-        mbarrier.arrive(value_empty.index(last), count=1)
-        acc = scaled(acc, shrink)
-        p = gl.convert_layout(p.to(dtype), operand)
-    return acc, p, top, total
-
-
-@gluon.jit
 def attend(
     out, stats, buffers, table, inputs, lengths, out_strides, plane,
     CONSUMER: gl.constexpr, E: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -362,10 +325,9 @@ def attend(
 ):  # fmt: skip
     """A consuming partition: 64 rows of each tile.
 
-    Full blocks have a loop of their own, without the branch that masks: at head dim 64 it costs a tenth of the time, taken
-    or not. The other loop keeps the branch, although most of its blocks take it: within one basic block ptxas would make the
-    mask before the product is there, and spill. Where scores load elements one loop serves: the compiler would keep the
-    addresses that two share in registers that there are not.
+    The order in the loop is scores of this block, product of the last block, softmax of this block, so that the product
+    runs under the softmax. The wait for the next keys stands before that for the product: where it spins a basic
+    block ends, over which ptxas does not move the wait for the product (before the exponentials, where it would undo all this).
     """
     queries, keys, values, staged, query_full, query_empty, key_full, key_empty, value_full, value_empty = buffers
     table_b, table_h, B, H, _GROUP, M, N, section = lengths
@@ -417,36 +379,30 @@ def attend(
             mbarrier.wait(key_full.index(stage), step // STAGES & 1)
             s = warpgroup_mma_wait(0, deps=[scores_of(q, keys, stage, zero)])
             mbarrier.arrive(key_empty.index(stage), count=1)
-            p, _shrink, top, total = soften(
-                s, loaded, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
-                HAS_MASK, EVEN, SHIFTED,
-            )  # fmt: skip
+            p, shrink, top, total = soften(
+                s, loaded, top, total, lo, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs, HAS_MASK, EVEN, SHIFTED
+            )
             p = gl.convert_layout(p.to(dtype), operand)
             mbarrier.wait(key_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=count > 1)
-            if (HAS_MASK or not EVEN) and not LOADS_AHEAD:
-                full_from = gl.minimum(gl.maximum((full_lo - lo) // BLOCK_N, 1), count)
-                full_to = gl.maximum(gl.minimum((full_hi - lo) // BLOCK_N, count), full_from)
-                for run in range(2):  # ends are chosen, not carried: Triton 3.6 drops a carried one that begins as a constant
-                    start = full_from  # the full blocks, and masked ones after them
-                    middle = full_to
-                    end = count
-                    if run == 0:  # masked blocks before the full ones
-                        start = gl.to_tensor(1)
-                        middle = gl.to_tensor(1)
-                        end = full_from
-                    acc, p, top, total = walk(
-                        acc, p, top, total, q, zero, operand, buffers, inputs, lo, start, middle, count, step,
-                        full_lo, full_hi, b, h, m, inside_m, column, M, N, dtype, STAGES, False, True, SHIFTED,
-                    )  # fmt: skip
-                    acc, p, top, total = walk(
-                        acc, p, top, total, q, zero, operand, buffers, inputs, lo, middle, end, count, step,
-                        full_lo, full_hi, b, h, m, inside_m, column, M, N, dtype, STAGES, HAS_MASK, EVEN, SHIFTED,
-                    )  # fmt: skip
-            else:
-                acc, p, top, total = walk(
-                    acc, p, top, total, q, zero, operand, buffers, inputs, lo, 1, count, count, step,
-                    full_lo, full_hi, b, h, m, inside_m, column, M, N, dtype, STAGES, HAS_MASK, EVEN, SHIFTED,
+            for i in range(1, count):
+                last = (step + i - 1) % STAGES
+                stage = (step + i) % STAGES
+                loaded = elements_of(lo + i * BLOCK_N, b, h, m, inside_m, column, M, N, inputs, EVEN)
+                scores = scores_of(q, keys, stage, zero)
+                mbarrier.wait(value_full.index(last), (step + i - 1) // STAGES & 1)
+                products = added(acc, p, values, last)
+                s = warpgroup_mma_wait(len(values), deps=[scores])
+                mbarrier.arrive(key_empty.index(stage), count=1)
+                p, shrink, top, total = soften(
+                    s, loaded, top, total, lo + i * BLOCK_N, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
+                    HAS_MASK, EVEN, SHIFTED,
                 )  # fmt: skip
+                following = step + i + 1
+                mbarrier.wait(key_full.index(following % STAGES), following // STAGES & 1, pred=i + 1 < count)
+                acc = waited(products)
+                mbarrier.arrive(value_empty.index(last), count=1)
+                acc = scaled(acc, shrink)
+                p = gl.convert_layout(p.to(dtype), operand)
             mbarrier.arrive(query_empty.index(place), count=1)
             step += count
             last = (step - 1) % STAGES

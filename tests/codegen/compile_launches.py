@@ -7,7 +7,6 @@ constant), which ahead-of-time signatures do not. Run as a script in a process w
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from flashfuse.codegen import decode, launch
+from flashfuse.codegen import launch
 from flashfuse.codegen.plan import KernelPlan, kernel_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
-from compile_report import machine_code
 from decode_cases import DECODE_CASES
 from specs import make_inputs
 
@@ -40,18 +38,10 @@ def compile_instead(target: GPUTarget, compiled: list[str]) -> Any:
         bound, specialization, options = binder(*args, **kwargs)
         options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
         source = ASTSource(self, signature, constants, attributes)
-        found = triton.compile(source, target=target, options=options.__dict__)
-        early = found.metadata.launch_pdl
-        compiled.append(self.__name__ + (":waits" if early and _waits(found) else ":does-not-wait" if early else ""))
+        triton.compile(source, target=target, options=options.__dict__)
+        compiled.append(self.__name__)
 
     return run
-
-
-def _waits(compiled: Any) -> bool:
-    """Whether a kernel, ahead of every access to global memory and of every branch, waits for the grid before it."""
-    code = machine_code(compiled)
-    first = re.search(r"\b(?:LDG|LDGSTS|STG|ATOMG|REDG?|UTMALDG|EXIT|BRA)\b", code)
-    return first is not None and "ACQBULK" in code[: first.start()]
 
 
 def main() -> None:
@@ -65,8 +55,6 @@ def main() -> None:
 
     launch.kernel_plan = plan  # type: ignore[assignment]
     launch.interpreting = lambda: False
-    decode.OVERLAP = True
-    decode.may_overlap = lambda device: target.arch >= 90  # type: ignore[assignment]
     launch.unsupported = lambda *tensors: None
     for case in [*CASES, *DECODE_CASES]:
         if case.name not in sys.argv[3:] and sys.argv[3:] != ["all"]:

@@ -131,7 +131,7 @@ def compile_kernel(
         "SHIFTED": dtype == "fp32" or (spec.planes == 2 and spec.split.keep is None),
         "SUMS": False, "GRAD_STATS": False, "EXACT_DELTA": False,
         "BRANCH": tile.branch, "LOW": kernel.endswith("_low"), "EVEN": even, "CAPTURE": 0, "PRECISION": "bf16x6",
-        "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key", "SWAPPED": False, "section": 1, "PDL": target >= 90,
+        "KEY": kernel != "grad_value", "VALUE": kernel != "grad_key", "SWAPPED": False, "section": 1,
         "TMA": tile.tma and kernel in TMA,
     }  # fmt: skip
     inputs: list[str] = []
