@@ -21,7 +21,18 @@ from torch import Tensor
 
 from flashfuse.codegen import hopper_order, kernel_choice, ptxas
 from flashfuse.codegen.descriptors import describable, strides_of
-from flashfuse.codegen.hopper_tiles import ROWS, SERVED, Dims, HopperTile, draws, kind_of, parts, row_of, tiles_of
+from flashfuse.codegen.hopper_tiles import (
+    ROWS,
+    SERVED,
+    SLOW_WITH_ELEMENTS,
+    Dims,
+    HopperTile,
+    draws,
+    kind_of,
+    parts,
+    row_of,
+    tiles_of,
+)
 from flashfuse.codegen.load import kernel_module, remembered
 from flashfuse.codegen.order import bytes_of_keys, order_of
 from flashfuse.ir.attention_spec import EmptyRows
@@ -98,6 +109,8 @@ def refusal(call: Call, *, eager: bool = False) -> str:
     kind = kind_of(call.spec)
     if not eager and kind and (kind, row) not in SERVED:
         return f"with its {kind} it was not found faster"
+    if not eager and call.spec.reads_elements and row in SLOW_WITH_ELEMENTS:
+        return "with a bias of its own for each element it was found slower"
     tile = tile_of(call)
     fill = -(-call.M // tile.block_m) * call.B * call.H / multiprocessors(call.query.device)
     if not eager and (call.N < _LEAST_KEYS or fill < _LEAST_FILL):

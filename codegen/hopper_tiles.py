@@ -52,6 +52,10 @@ SMALL_TILES: dict[Dims, tuple[HopperTile, ...]] = {
 # that unless options ask.
 SERVED: frozenset[tuple[str, Dims]] = frozenset()
 
+# Rows of tiles where scores that load an element for each query and key were timed and found slower: 2.8 and 2.4 ms with
+# Evoformer's pair bias (B = 4, S = 4096, 32 heads), on the portable kernel 1.9.
+SLOW_WITH_ELEMENTS: frozenset[Dims] = frozenset({(64, 64)})
+
 
 def parts(head_dim: int) -> tuple[int, ...]:
     """The powers of two, one or two, in which the kernel takes a head dim: the least sum that holds it."""

@@ -142,6 +142,16 @@ class AttentionSpec:
         return closed or (self.certainty is not None and self.split.keep is not None and is_union(self.split.keep))
 
     @cached_property
+    def reads_elements(self) -> bool:
+        """Whether scores load an element for each query and key, as a bias is; a table by distance has far fewer."""
+        program = self.split.kept
+        loads = [(number, s) for number, s in enumerate(program.statements) if s.op == "load"]
+        return any(
+            {"m", "n"} <= set(index_letters(program, number)) and "d" not in (plain_load_letters(self, int(s.attribute)) or ())  # type: ignore[arg-type]
+            for number, s in loads
+        )
+
+    @cached_property
     def mask_alone(self) -> tuple[AttentionSpec, tuple[int, ...]] | None:
         """A spec that has this one's mask and nothing else, and the numbers of the captures that it reads, in its order.
 

@@ -16,13 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, pair_bias
-from specs import Case, dense_attention, make_inputs
+from specs import Case, Program, dense_attention, make_inputs
 from test_gpu import BIG
 
 from flashfuse.codegen import hopper, hopper_check, hopper_order, hopper_tiles, kernel_choice, launch, load, ptxas
 from flashfuse.codegen.descriptors import describable
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, draws, kind_of, parts, row_of
 from flashfuse.codegen.order import Order
+from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
+from flashfuse.ir.score_ops import Kind
 
 SCRIPT = Path(__file__).parent / "compile_hopper.py"
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -116,6 +118,36 @@ def test_kinds_of_specs_have_tiles_of_their_own() -> None:
     assert row_of(specs["causal"], (64, 64)) == ((64, 64), TILES[(64, 64)])
     assert row_of(specs["window"], (192, 128)) == ((192, 128), TILES[(192, 128)])  # no row of its own
     assert row_of(specs["window"], (320, 64)) == ((320, 64), ())
+
+
+def test_a_bias_of_each_element_is_left_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that was found faster; a table by distance, a vector of keys and a mask's elements are no such bias."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "missing", lambda: "reached")
+
+    def refusal(spec: AttentionSpec, head_dim: int, eager: bool = False) -> str:
+        query = torch.zeros(1, 2, 512, head_dim, dtype=torch.bfloat16).as_subclass(ShownAsCuda)
+        tensors = dict.fromkeys(("query", "key", "value"), query)
+        facts = {"padded": (head_dim, head_dim), "D": head_dim, "E": head_dim, "B": 1, "H": 2, "M": 512, "N": 512}
+        return hopper.refusal(a_call(spec=spec, **tensors, **facts), eager=eager)
+
+    p = Program()
+    by_element = p.s + p.capture("bias", Kind.FLOAT, p.zero, p.h, p.m, p.n)
+    looked_up = p.load(p.declare("table", Kind.FLOAT, 1), p.load(p.declare("index", Kind.INT, 2), p.m, p.n))
+    for score in (by_element, p.s + looked_up):
+        spec = p.spec(score, EmptyRows.EXACT)
+        assert spec.reads_elements
+        assert refusal(spec, 64) == "with a bias of its own for each element it was found slower"
+        assert refusal(spec, 64, eager=True) == refusal(spec, 128) == "reached"
+    q = Program()
+    by_distance = q.s + q.capture("table", Kind.FLOAT, q.h, (q.n - q.m) + (q.M - 1))
+    by_key = q.s + q.capture("bias", Kind.FLOAT, q.b, q.n)
+    masked = q.masked(q.load(q.declare("keep", Kind.BOOL, 2), q.m, q.n), q.s, float("-inf"))
+    for score in (q.s, by_distance, by_key, masked):
+        spec = q.spec(score, EmptyRows.EXACT)
+        assert not spec.reads_elements
+        assert refusal(spec, 64) == "reached"
 
 
 def test_kinds_serve_where_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
