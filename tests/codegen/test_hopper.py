@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, pair_bias
 from specs import Case, Program, dense_attention, make_inputs
-from test_gpu import BIG
+from test_gpu import BIG, order_id
 
 from flashfuse.codegen import hopper, hopper_check, hopper_order, hopper_tiles, kernel_choice, launch, load, ptxas
 from flashfuse.codegen.descriptors import describable
@@ -346,7 +346,7 @@ def test_lengths_that_blocks_divide(name: str, head_dim: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize("length", [640, 611])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("order", [Order(), Order(4, swapped=True), Order(2, swapped=True)], ids=str)
+@pytest.mark.parametrize("order", [Order(), Order(4, swapped=True), Order(2, swapped=True)], ids=order_id)
 def test_batches_that_share_a_bias(order: Order, head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "order_of", lambda call, heads, size: order)
     compare(pair_bias(length, head_dim), torch.bfloat16)
