@@ -20,7 +20,7 @@ from flashfuse.commentary import tell
 from flashfuse.errors import StrictError
 from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
-from flashfuse.patterns.normal_form import NormalForm, is_opaque
+from flashfuse.patterns.normal_form import NormalForm, captured_value, is_opaque
 from flashfuse.patterns.normalise import normalise
 from flashfuse.patterns.score_cone import user_place
 from flashfuse.patterns.search import Site, find_attention, refusal
@@ -110,8 +110,9 @@ def read(module: fx.GraphModule, options: Options, writers: set[fx.Node]) -> tup
     """Normal form and sites of one graph."""
     form = normalise(module, writes_of=lambda node: node in writers)
     return form, find_attention(
-        form.graph, requires_grad=lambda node: _requires_grad(form, node), overwritten=form.overwritten, sdpa=options.sdpa
-    )
+        form.graph, requires_grad=lambda node: _requires_grad(form, node), overwritten=form.overwritten,
+        hidden=form.hidden, unfit=form.unfit, sdpa=options.sdpa,
+    )  # fmt: skip
 
 
 def rewrite(
@@ -202,12 +203,12 @@ def _requires_grad(form: NormalForm, node: fx.Node) -> bool:
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
-        if current in seen or current in form.without_grad:
+        hidden = form.hidden(current)
+        if current in seen or (current in form.without_grad and not hidden):
             continue
         seen.add(current)
-        origins = form.origins.get(current, [])
-        held = [o.node.meta.get("example_value") for o in origins if not o.path]
-        known = [value for value in held if isinstance(value, torch.Tensor)]
+        held = [captured_value(o) for o in form.origins.get(current, []) if hidden or not o.path]
+        known = [value for value in held if value is not None]
         if known:
             if any(value.requires_grad for value in known):
                 return True

@@ -59,7 +59,8 @@ _ROWS = (
     Code("FF407", "dropout used elsewhere", "The probabilities after dropout are also used outside the attention, which would "
          "see another mask than the output was computed with.", "Use the probabilities before dropout, or do not return them."),
     Code("FF408", "gradient stopped", "Between query @ key^T and the output a value is detached or computed under no_grad, so "
-         "that the whole attention has another gradient than its formula.", "Detach query, key or value instead."),
+         "that the whole attention has another gradient than its formula; or a tensor of the attention is written where autograd "
+         "does not see it.", "Detach query, key or value instead; write without .data, .detach() and no_grad, or into a copy."),
     # 5xx: flashfuse's own fault
     Code("FF501", "failure of flashfuse", "flashfuse itself failed at this attention.",
          "Please report it; the attention was compiled as without flashfuse."),

@@ -40,6 +40,7 @@ class Rewriter:
         self.expanded: set[fx.Node] = set()
         self.drawn: set[fx.Node] = set()  # normal form nodes in whose place a seed was drawn
         self.sums: dict[fx.Node, list[fx.Node] | Exception] = {}  # output that is a sum of attentions -> what came of it
+        self.results: set[fx.Node] = set()  # what now stands in the place of captured results
         self.given: set[fx.Node] = set()  # normal form nodes that an attention's row statistic stands for
         self.changed = False
 
@@ -88,6 +89,8 @@ class Rewriter:
         else:
             target.replace_all_uses_with(result)
             self.replaced[origin.node] = result
+            self.effects.release(origin.node)
+        self.results.add(result)
         self.changed = True
         self.drawn |= {side.node for each in match.terms or (match,) for side in each.captures if side.seed}
         gone = self._erase(origin.node)
@@ -243,6 +246,8 @@ class Rewriter:
             return False
         if not self.effects.random.get(node, self.drawn) <= self.drawn:
             return False
+        if node in self.effects.storages and not self.results.isdisjoint(self.copies[node].all_input_nodes):
+            return False  # it shows or writes an attention's result, not what is to go
         return all(self.originals.get(user) in dead for user in self.copies[node].users)
 
 
@@ -250,6 +255,7 @@ class _Effects:
     """What captured nodes do besides giving a result: the written storages, and the use of random numbers."""
 
     def __init__(self, form: NormalForm) -> None:
+        self.times = form.times
         by_time = {time: node for node, time in form.times.items()}
         self.touching: dict[int, set[fx.Node]] = {}  # written storage -> nodes that write or show it
         for time, storage in form.writes:
@@ -266,6 +272,18 @@ class _Effects:
         for node, made_by in form.produced.items():
             if draws_random(node):
                 self.random.setdefault(made_by, set()).add(node)
+
+    def release(self, node: fx.Node) -> None:
+        """Note that something else gives a node's result: what shows or writes it later does so to the new result.
+
+        A node that itself writes into, or shows, what was there before stays with it.
+        """
+        for storage in list(self.storages.get(node, ())):
+            if all(self.times[node] <= self.times[other] for other in self.touching[storage]):
+                self.touching[storage].discard(node)
+                self.storages[node].remove(storage)
+        if not self.storages.get(node, True):
+            del self.storages[node]
 
     def unit(self, node: fx.Node) -> set[fx.Node]:
         """The nodes that can only go together with this one."""

@@ -96,6 +96,12 @@ class Match:
     terms: tuple[Match, ...] = field(default=(), repr=False, compare=False)
 
     @property
+    def inputs(self) -> tuple[Input, ...]:
+        """All tensors that the op reads, seeds left out."""
+        sides = (self.query, *self.query.more, self.key, *self.key.more, self.value)
+        return (*sides, *(each for each in self.captures if not each.seed))
+
+    @property
     def scale(self) -> float:
         """The number that this term of a sum is multiplied by."""
         return math.prod(edge.scale for edge in self.edges)

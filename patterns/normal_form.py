@@ -39,6 +39,7 @@ class NormalForm:
     produced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # node -> captured node that ran when it was made
     times: dict[fx.Node, int] = field(default_factory=dict)  # captured node -> time of its result
     writes: list[tuple[int, int]] = field(default_factory=list)  # (time, storage)
+    unseen_writes: list[tuple[int, int]] = field(default_factory=list)  # those of `writes` that autograd does not see
     written_inputs: set[fx.Node] = field(default_factory=set)  # captured placeholders written in place
     without_grad: set[fx.Node] = field(default_factory=set)  # nodes made while grad mode was off
     gradients: bool = True  # whether grad mode is on anywhere
@@ -55,6 +56,31 @@ class NormalForm:
         origins = self.origins.get(node, ())
         return bool(origins) and all(self.written(o.storage, o.time, self.end) for o in origins)
 
+    def hidden(self, node: fx.Node) -> bool:
+        """Whether a captured value that equals `node` was read after a write into its storage that autograd did not see.
+
+        Its gradient is then not that of what computed it.
+        """
+        return any(
+            time <= origin.time and storage == origin.storage
+            for origin in self.origins.get(node, ())
+            for time, storage in self.unseen_writes
+        )
+
+    def unfit(self, node: fx.Node) -> bool:
+        """Whether a backward cannot read `node` as the attention did, or whether its gradient is not one thing.
+
+        The first where a write that autograd does not see follows (or any into an input of the graph), the second where after
+        one a value with and a value without a gradient both equal `node`, or the node itself was made under `no_grad`.
+        """
+        origins = self.origins.get(node, ())
+        for origin in origins:
+            later = self.writes if origin.node.op in ("placeholder", "get_attr") else self.unseen_writes
+            if any(origin.time < time and storage == origin.storage for time, storage in later):
+                return True
+        known = {_requires_grad(origin) for origin in origins}
+        return self.hidden(node) and True in known and (False in known or node in self.without_grad)
+
     @property
     def end(self) -> int:
         """A time after which nothing is written."""
@@ -68,6 +94,19 @@ class NormalForm:
     def written(self, storage: int, after: int, until: int) -> bool:
         """Whether a storage is written at a time t with after < t <= until."""
         return any(after < time <= until for time, written in self.writes if written == storage)
+
+
+def _requires_grad(origin: Origin) -> bool:
+    value = captured_value(origin)
+    return value is not None and value.requires_grad
+
+
+def captured_value(origin: Origin) -> torch.Tensor | None:
+    """Dynamo's fake tensor of an origin, if it has one."""
+    found = origin.node.meta.get("example_value")
+    for place in origin.path:
+        found = found[place] if isinstance(found, (tuple, list)) and place < len(found) else None
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def is_opaque(node: fx.Node) -> bool:

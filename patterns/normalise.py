@@ -14,6 +14,7 @@ from flashfuse.patterns.aliases import rename
 from flashfuse.patterns.call_reader import read_calls
 from flashfuse.patterns.call_traces import NotByCalls
 from flashfuse.patterns.normal_form import NormalForm, fake_mode_of
+from flashfuse.patterns.unseen_writes import unseen_writes
 from flashfuse.patterns.whole_trace import trace_whole
 
 log = logging.getLogger("flashfuse")
@@ -35,6 +36,7 @@ def normalise(module: fx.GraphModule, *, writes_of: Callable[[fx.Node], bool]) -
     form.graph.eliminate_dead_code()
     _apply_autocast(form, fake_mode_of(module.graph))
     _keep_lines(form)
+    form.unseen_writes = unseen_writes(form, module.graph)
     alive = set(form.graph.nodes)
     form.origins = {node: origins for node, origins in form.origins.items() if node in alive}
     return form

@@ -128,6 +128,8 @@ class Lifter:
             return self._by_row(node, index)
         if _is_the_traces_own(node):
             raise Refused("FF304", node, "a constant")
+        if self.flow.written_unseen(node):
+            return self._capture(node, index)
         marks = len(self.captures), len(self.sizes)
         try:
             lifted = self._by_row(node, index)

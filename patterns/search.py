@@ -41,14 +41,17 @@ def find_attention(
     *,
     requires_grad: Callable[[fx.Node], bool],
     overwritten: Callable[[fx.Node], bool] = lambda node: False,
+    hidden: Callable[[fx.Node], bool] = lambda node: False,
+    unfit: Callable[[fx.Node], bool] = lambda node: False,
     sdpa: str = "auto",
 ) -> list[Site]:
     """Read every softmax, SDPA call and opaque attention call of a normal form, in graph order.
 
     `overwritten`: whether the captured graph loses a node's value, so that a later one should be captured if there is one.
+    `hidden`, `unfit`: what writes that autograd does not see do to it (`GradientFlow`).
     `sdpa`: "auto" leaves SDPA calls to PyTorch where its own kernels serve, "always" and "never" mean what they say.
     """
-    flow = GradientFlow(requires_grad, overwritten)
+    flow = GradientFlow(requires_grad, overwritten, hidden, unfit)
     found = [each for node in graph.nodes if node.op == "call_function" for each in _read_safely(node, flow, sdpa)]
     return [Site(each.anchor, user_line(each.anchor), each.found) for each in _with_sums(found)]
 
@@ -106,7 +109,7 @@ def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[_Read]:
     if node.target in _OPAQUE:
         return [_Read(node, refusal(node, Refused("FF103", node, describe(node))))]
     if node.target is SDPA:
-        return [_Read(node, _guarded(node, lambda: _read_sdpa(node, flow, sdpa)))]
+        return [_Read(node, _guarded(node, flow, lambda: _read_sdpa(node, flow, sdpa)))]
     try:
         softmax = recognise(node)
         if softmax is None:
@@ -114,7 +117,7 @@ def _read(node: fx.Node, flow: GradientFlow, sdpa: str) -> list[_Read]:
         ways = find_ways(softmax)
     except Refused as refused:
         return [_Read(node, refusal(node, refused))]
-    return [_Read(node, _guarded(node, partial(read_softmax, softmax, way, flow)), way) for way in ways]
+    return [_Read(node, _guarded(node, flow, partial(read_softmax, softmax, way, flow)), way) for way in ways]
 
 
 def _read_sdpa(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match:
@@ -123,9 +126,12 @@ def _read_sdpa(node: fx.Node, flow: GradientFlow, sdpa: str) -> Match:
     return read_sdpa(node, flow, always=sdpa == "always")
 
 
-def _guarded(node: fx.Node, read: Callable[[], Match]) -> Match | Refusal:
+def _guarded(node: fx.Node, flow: GradientFlow, read: Callable[[], Match]) -> Match | Refusal:
     try:
-        return read()
+        match = read()
+        around = (*match.product.all_input_nodes, *match.output.all_input_nodes)  # what the products' own backwards read
+        flow.check_inputs([*(each.node for each in match.inputs), *(each for each in around if is_tensor(each))])
+        return match
     except Refused as refused:
         return refusal(node, refused)
     except LayoutError as error:

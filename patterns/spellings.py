@@ -312,7 +312,7 @@ def _copied(lifter: Lifter, call: Call, index: Index) -> Value:
 def _scattered(lifter: Lifter, call: Call, index: Index) -> Value:
     if not overwrites_whole(call.node):
         raise Refused("FF401", call.node, "a part is written over")
-    return lifter.operand(call["src"], index)
+    return _copied(lifter, call, index)
 
 
 def overwrites_whole(node: fx.Node) -> bool:

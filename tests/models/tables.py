@@ -77,7 +77,8 @@ def table(options: argparse.Namespace) -> None:
 
 def overview(modes: dict[str, Result]) -> str:
     """The README's table."""
-    lines = ["| mode | models | attentions | fused | wrong results | largest ratio |", "|---|---|---|---|---|---|"]
+    columns = ("mode", "models", "attentions", "fused", "wrong results", "largest ratio by the first rule")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for mode, each in modes.items():
         ratio = "finite, repeatable" if mode.startswith("dropout") else f"{each['largest_ratio']:.2f}"
         share = f"{each['fused']} ({each['share']:.1%})" if each["sites"] else "0"
