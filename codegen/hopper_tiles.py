@@ -101,6 +101,12 @@ def kind_of(spec: AttentionSpec) -> str:
     return "window" if moves else ""
 
 
+def grows(spec: AttentionSpec) -> bool:
+    """Whether later queries see more keys, as under a causal mask, so that many tiles are short."""
+    found = spec.key_ranges
+    return found is not None and found.program.statements[found.program.results[1]].op not in ("const", "length")
+
+
 def draws(spec: AttentionSpec) -> bool:
     """Whether a spec draws random numbers."""
     return spec.weight is not None and spec.weight.uses("random_bits")

@@ -224,13 +224,31 @@ def test_the_checked_specs_are_sound(dropout: bool) -> None:
     assert draws(spec) == dropout
 
 
+def test_short_causal_attention_is_left_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At head dim 64, where it was found faster up to 2048 keys; a mask that all queries see alike makes no short tiles."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "missing", lambda: "reached")
+    specs = {case.name: case.spec for case in CASES}
+
+    def refusal(name: str, length: int, head_dim: int, eager: bool = False) -> str:
+        query = torch.zeros(1, 2, length, head_dim, dtype=torch.bfloat16).as_subclass(ShownAsCuda)
+        tensors = dict.fromkeys(("query", "key", "value"), query)
+        facts = {"padded": (head_dim, head_dim), "D": head_dim, "E": head_dim, "B": 1, "H": 2, "M": length, "N": length}
+        return hopper.refusal(a_call(spec=specs[name], **tensors, **facts), eager=eager)
+
+    assert refusal("causal", 2048, 64) == refusal("softcap", 512, 64) == "few keys or queries"
+    assert refusal("causal", 2049, 64) == refusal("causal", 512, 128) == refusal("causal", 512, 64, eager=True) == "reached"
+    assert refusal("plain", 512, 64) == refusal("padding", 512, 64) == "reached"
+
+
 def test_programs_that_take_long_to_compile_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(hopper, "missing", lambda: "reached")
     specs = {case.name: case.spec for case in CASES}
     query = torch.zeros(1, 2, 512, 64, dtype=torch.bfloat16).as_subclass(ShownAsCuda)
-    for name, expected in (("sin_cos_erf", "would take long"), ("softcap", "reached"), ("plain", "reached")):
+    for name, expected in (("sin_cos_erf", "would take long"), ("padding", "reached"), ("plain", "reached")):
         facts = {"query": query, "key": query, "value": query, "spec": specs[name], "padded": (64, 64), "D": 64, "E": 64}
         call = a_call(**facts, B=1, H=2, M=512, N=512)
         assert expected in hopper.refusal(call), name
