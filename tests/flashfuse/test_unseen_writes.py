@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MASK = torch.ones(12, 12, dtype=torch.bool).triu(1)
+READS_DATA = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"  # 2.11 cannot trace `.data`: FF104, safely left alone
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -40,7 +41,8 @@ def check(function: Callable, counts: dict[str, int], needs: str = "qkvb") -> No
     shapes = [(2, 12, 16)] * 3 + [(2, 12, 12)] * (function.__code__.co_argcount - 3)
     inputs = [torch.randn(shape, requires_grad=name in needs) for name, shape in zip("qkvb", shapes, strict=False)]
     ours, counted = compiled(function, inputs)
-    assert counted == counts
+    unread = function.__name__.startswith("data") and not READS_DATA
+    assert counted == ({} if unread else counts)
     for mine, eager in zip(ours, run(function, inputs), strict=True):
         assert (mine is None) == (eager is None)
         torch.testing.assert_close(mine, eager, atol=2e-5, rtol=1e-4)
