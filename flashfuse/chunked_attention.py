@@ -119,7 +119,7 @@ def _forward_chunk(call: Call, chunk: Chunk, scratch: Scratch, result: _Rows) ->
     overwrite(call.unfolded(scores, chunk), dropped_by_mask(call, chunk), None, float("-inf"))
     top = _top(scores, sink)
     empty = top == float("-inf") if rows is EmptyRows.ZERO else None
-    ordinary = top > LOW_SCORE if rows is EmptyRows.EXACT else None
+    ordinary = top.abs() < -LOW_SCORE if rows is EmptyRows.EXACT else None
     if empty is not None:
         top.masked_fill_(empty, 0.0)
     total = _exponentials(scores, top, sink)
@@ -140,7 +140,7 @@ def _no_keys(call: Call, chunk: Chunk, sink: Tensor | None, result: _Rows) -> Te
     result.out[chunk.place] = 0
     logsumexp = result.stats[0][chunk.place]
     logsumexp.copy_(call.unfolded(sink, chunk).squeeze(-1)) if sink is not None else logsumexp.fill_(float("inf"))
-    low = torch.ones_like(logsumexp, dtype=torch.bool) if sink is None else ~(logsumexp > LOW_SCORE)
+    low = torch.ones_like(logsumexp, dtype=torch.bool) if sink is None else ~(logsumexp.abs() < -LOW_SCORE)
     return low.unsqueeze(-1) if call.spec.empty_rows is EmptyRows.EXACT and bool(low.any()) else None
 
 

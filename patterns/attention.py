@@ -212,6 +212,9 @@ def make_spec(
     spec = replace(spec, empty_rows=EmptyRows.IMPOSSIBLE if is_ordinary(spec) else empty_rows(spec, square=square))
     if spec.empty_rows is not EmptyRows.EXACT:
         return spec
+    assert frame.softmax is not None
+    if frame.softmax.subtracted and (_reach_far(spec.split.kept) or spec.split.fill > float("-inf")):
+        raise Refused("FF402", frame.softmax.anchor, "exp(x - logsumexp(x)) does not sum to one where x is far from zero")
     return replace(spec, empty_rows=_without_nan(spec, frame) if frame.zeroes_nan else rows_with_choices(spec, frame))
 
 
@@ -219,19 +222,22 @@ def _without_nan(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     """What empty rows give whose NaN is turned into zero. Refuses (FF402) where data may make a row of -inf."""
     if any(capture.kind is Kind.FLOAT for capture in spec.captures):
         raise Refused("FF402", frame.output, "rows of NaN become zero, and a bias handed in may be -inf for a whole row")
+    constants = (s.attribute for s in spec.split.kept.statements if s.op == "const" and s.kind is Kind.FLOAT)
+    if not all(math.isfinite(float(each)) for each in constants):  # type: ignore[arg-type]
+        raise Refused("FF402", frame.output, "rows of NaN become zero, and scores are computed of an infinite number")
     return EmptyRows.ZERO if spec.split.fill == float("-inf") else EmptyRows.EXACT
 
 
 def empty_rows(spec: AttentionSpec, *, square: bool) -> EmptyRows:
-    kept = spec.split.kept
-    lows = any(
-        (s.op == "load" and s.kind is Kind.FLOAT)
-        or (s.op == "const" and s.kind is Kind.FLOAT and float(s.attribute) <= LOW_SCORE)  # type: ignore[arg-type]
-        for s in kept.statements
-    )
-    if lows or (spec.split.keep is not None and not rows_never_empty(spec.split.keep, square=square)):
-        return EmptyRows.EXACT
-    return EmptyRows.IMPOSSIBLE
+    never_empty = spec.split.keep is None or rows_never_empty(spec.split.keep, square=square)
+    return EmptyRows.EXACT if _reach_far(spec.split.kept) or not never_empty else EmptyRows.IMPOSSIBLE
+
+
+def _reach_far(kept: ScoreProgram) -> bool:
+    """Whether kept scores can be brought far from zero by a constant, or by a tensor handed in."""
+    floats = [s for s in kept.statements if s.kind is Kind.FLOAT]
+    far = any(s.op == "const" and not abs(float(s.attribute)) < -LOW_SCORE for s in floats)  # type: ignore[arg-type]
+    return far or any(s.op == "load" for s in floats)
 
 
 def _check_scales(lifter: Lifter, score: Value, frame: Frame) -> None:

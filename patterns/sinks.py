@@ -141,4 +141,4 @@ def is_ordinary(spec: AttentionSpec) -> bool:
     if spec.sink is None:
         return False
     statement = spec.sink.statements[spec.sink.result]
-    return statement.op == "const" and float(statement.attribute) > LOW_SCORE  # type: ignore[arg-type]
+    return statement.op == "const" and abs(float(statement.attribute)) < -LOW_SCORE  # type: ignore[arg-type]

@@ -59,6 +59,7 @@ class Softmax:
     late: LateSum | None = None
     added: float | None = None
     shifted: bool = False
+    subtracted: bool = False  # the logarithm of the sum is subtracted as it is, rounded to the size of the scores
 
 
 def recognise(node: fx.Node) -> Softmax | None:
@@ -107,7 +108,7 @@ def _exponential(node: fx.Node) -> Softmax | None:
     total = _reduction(node, subtrahend, _LOG_SUMS, minuend)
     if total is None:
         return None
-    return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes))
+    return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes), subtracted=True)
 
 
 _LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default})

@@ -95,7 +95,7 @@ def attend(
 @triton.jit
 def is_low(top, total):
     """Whether rows with these largest scores, in natural units, and sums must be computed from the whole program."""
-    return ((top > LOW_SCORE) == 0) | (total != total)
+    return ((tl.abs(top) < -LOW_SCORE) == 0) | (total != total)
 
 
 @triton.jit

@@ -273,7 +273,7 @@ def finish(
     top = top * SCALE
     sums = top + gl.log(total)
     if PLANES == 2:
-        low_rows = ((top > LOW_SCORE) == 0) | (total != total)
+        low_rows = (((top > LOW_SCORE) & (top < -LOW_SCORE)) == 0) | (total != total)
         shift = gl.where(low_rows, gl.where(total != total, total, top), 0.0)
         if not HAS_MASK:
             sums = gl.where(low_rows, 0.0, top) + gl.log(total)

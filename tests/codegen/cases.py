@@ -330,6 +330,16 @@ def _scores() -> list[Case]:
 
     cases.append(Case("float_mask", p.spec(p.s * 0.25 + low_bias), lambda s, c, z, i: s * 0.25 + c[0], low_rows))
     p = Program()
+    high_bias = p.capture("bias", Kind.FLOAT, p.b, p.zero, p.zero, p.n)
+    cases.append(
+        Case(
+            "float_mask_negated",
+            p.spec(p.s * 0.25 - high_bias),
+            lambda s, c, z, i: s * 0.25 - c[0],
+            low_rows,
+        )
+    )
+    p = Program()
     low_bias = p.capture("bias", Kind.FLOAT, p.b, p.zero, p.zero, p.n)
     cases.append(
         Case(
