@@ -56,12 +56,12 @@ def test_within_twice_the_error_of_eager(case: Case, dtype: torch.dtype) -> None
     compare_with_eager(case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("length", [256, 300])
-@pytest.mark.parametrize("head_dim", [64, 128])
 def order_id(order: Order) -> str:
     return f"{order.section}{'_swapped' * order.swapped}"
 
 
+@pytest.mark.parametrize("length", [256, 300])
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("order", [Order(), Order(4, swapped=True), Order(2, swapped=True)], ids=order_id)
 def test_batches_that_share_a_bias(order: Order, head_dim: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of the bias's gradient, with and without edges, in each order of the programs."""
