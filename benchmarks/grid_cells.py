@@ -25,15 +25,7 @@ from flashfuse.codegen import hopper, kernel_choice
 
 PEERS = ("flex", "flashfuse")
 KERNELS = ("portable", "hopper")
-PREFIX = 256
 SOFTCAP = 30.0
-
-
-def prefix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    position = torch.arange(query.size(-2), device=query.device)
-    keep = (position[None, :] <= position[:, None]) | (position[None, :] < PREFIX)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))
-    return torch.softmax(scores.masked_fill(~keep, float("-inf")), dim=-1) @ value
 
 
 def alibi(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -67,10 +59,6 @@ def sinks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1] @ value
 
 
-def _prefix_keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-    return (m >= n) | (n < PREFIX)
-
-
 def _alibi_score(heads: int) -> Callable[..., Tensor]:
     return lambda s, b, h, m, n: s + (n - m) * torch.exp2(-8.0 / heads * (h + 1))
 
@@ -84,7 +72,7 @@ GRID = {
     "plain": VARIANTS["vanilla"],
     "causal": VARIANTS["causal"],
     "sliding": VARIANTS["sliding"],
-    "prefix": Variant("prefix", prefix, keep=lambda: _prefix_keep),
+    "prefix": VARIANTS["prefix"],
     "document": VARIANTS["document"],
     "alibi": Variant("alibi", alibi, keep=_CAUSAL),
     "softcap": Variant("softcap", softcap, keep=_CAUSAL),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW = 256
+PREFIX = 256
 DOCUMENTS = 12
 
 
@@ -70,6 +71,13 @@ def sliding(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1) @ value
 
 
+def prefix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    position = torch.arange(query.size(-2), device=query.device)
+    keep = (position[None, :] <= position[:, None]) | (position[None, :] < PREFIX)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))
+    return torch.softmax(scores.masked_fill(~keep, float("-inf")), dim=-1) @ value
+
+
 def document(query: Tensor, key: Tensor, value: Tensor, documents: Tensor) -> Tensor:
     position = torch.arange(query.size(-2), device=query.device)
     same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -88,6 +96,10 @@ def _causal_keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
 
 def _sliding_keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
     return (m >= n) & (m - n < WINDOW)
+
+
+def _prefix_keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return (m >= n) | (n < PREFIX)
 
 
 def _padding_keep(lengths: Tensor) -> Keep:
@@ -132,6 +144,7 @@ VARIANTS = {
         Variant("causal_f32", causal_f32, keep=lambda: _causal_keep, is_causal=True),
         Variant("gqa", gqa, keep=lambda: _causal_keep, group=4, is_causal=True),
         Variant("sliding", sliding, keep=lambda: _sliding_keep),
+        Variant("prefix", prefix, keep=lambda: _prefix_keep),
         Variant("padding", padding, keep=_padding_keep, facts=ragged_lengths),
         Variant("document", document, keep=_document_keep, facts=document_ids),
     )
