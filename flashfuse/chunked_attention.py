@@ -88,7 +88,7 @@ def backward(
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             call = Call(spec, query, key, value, captures, sizes)
             scratch = Scratch(call)
-            gradients = _Gradients(call, grad_out, out, stats, sums, wanted, grad_stats)
+            gradients = _Gradients(call, grad_out, stats, sums, wanted, grad_stats)
             for chunk in call.chunks():
                 low = gradients.low(chunk)
                 _backward_chunk(gradients, chunk, scratch, hidden=low)
@@ -175,11 +175,11 @@ class _Gradients:
     """What the backward reads, in grouped form, and the sums that it adds to."""
 
     def __init__(
-        self, call: Call, grad_out: Tensor, out: Tensor, stats: Tensor, sums: list[Tensor], wanted: tuple[int, ...],
+        self, call: Call, grad_out: Tensor, stats: Tensor, sums: list[Tensor], wanted: tuple[int, ...],
         grad_stats: Tensor | None,
     ) -> None:  # fmt: skip
         self.call = call
-        self.grad_out, self.out = grouped(grad_out, call.shape), grouped(out, call.shape)
+        self.grad_out = grouped(grad_out, call.shape)
         self.stats = [grouped(plane, call.shape).unsqueeze(-1) for plane in stats]
         self.grad_stats = None if grad_stats is None else grouped(grad_stats, call.shape).unsqueeze(-1)
         self.query = grouped(sums[0], call.shape)
@@ -232,18 +232,13 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
         probabilities.sub_(gradients.stats[1][chunk.place])
     probabilities.sub_(gradients.stats[0][chunk.place]).exp_()
     overwrite(probabilities, [], hidden, 0.0)
+    sink = _sink_probability(gradients, chunk, hidden)
+    _normalise(final, sink)
     grad = torch.bmm(grad_out, call.value[chunk.pairs, keys].mT, out=scratch.scores("grad", chunk))
     wanted = tuple(gradients.captures)
     weighted_values, grad = through_weight(call, chunk, final, grad, wanted, gradients.add_to_capture)
     gradients.value[chunk.pairs, keys].baddbmm_(weighted_values.mT, grad_out)
-    sink = _sink_probability(gradients, chunk, hidden)
-    if gradients.out.dtype is call.dtype:
-        delta = (grad_out * call.folded(gradients.out, chunk)).sum(-1, keepdim=True)
-    else:  # the output was rounded, but the whole row is here: delta from the probabilities themselves
-        total = final.sum(-1, keepdim=True)
-        total = total if sink is None else total.add_(sink)
-        delta = torch.mul(final, grad, out=scratch.scores("product", chunk)).sum(-1, keepdim=True)
-        delta.div_(total.masked_fill_(total == 0, 1.0))
+    delta = torch.mul(final, grad, out=scratch.scores("product", chunk)).sum(-1, keepdim=True)
     if sink is not None:
         through_sink(call, chunk, -(sink * delta), wanted, gradients.add_to_capture)
     if gradients.grad_stats is not None:
@@ -254,6 +249,21 @@ def _backward_chunk(gradients: _Gradients, chunk: Chunk, scratch: Scratch, hidde
     grad_query = call.unfolded(torch.bmm(grad_score, call.key[chunk.pairs, keys]), chunk)
     gradients.query[chunk.place].add_(grad_query, alpha=factor)
     gradients.key[chunk.pairs, keys].baddbmm_(grad_score.mT, query, alpha=factor)
+
+
+def _normalise(probabilities: Tensor, sink: Tensor | None) -> None:
+    """Divide rows by their sums, which the rounding of their logarithm left beside one.
+
+    With delta taken from these probabilities, and not from the rounded output, every row of gradients sums up to zero: else
+    the rest would stay where gradients differ little, and add up in sums of many elements' gradients.
+    """
+    total = probabilities.sum(-1, keepdim=True)
+    if sink is not None:
+        total.add_(sink)
+    total.masked_fill_(total == 0, 1.0)
+    probabilities.div_(total)
+    if sink is not None:
+        sink.div_(total)
 
 
 def _sink_probability(gradients: _Gradients, chunk: Chunk, hidden: Tensor | None) -> Tensor | None:

@@ -52,8 +52,6 @@ _ROWS = (
     Code("FF402", "argument", "An argument of an operation has a value that flashfuse does not know.", "Use the plain form."),
     Code("FF403", "no query @ key^T", "The scores come from a product whose second factor differs for each query, or from "
          "products that mix the heads of scores.", "Only query @ key^T and terms added to it can be fused."),
-    Code("FF404", "scale is a full tensor", "The scores are multiplied by a tensor over queries and keys.",
-         "Scale by a number, or by a tensor per head."),
     Code("FF405", "gradient of a capture", "A tensor that needs a gradient is read at computed positions, or in two ways.",
          "Detach it, or index it once and plainly by batch, head, query and key."),
     Code("FF407", "dropout used elsewhere", "The probabilities after dropout are also used outside the attention, which would "

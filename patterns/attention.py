@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashfuse.ir.affine import rows_never_empty
 from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, Capture, EmptyRows, plain_load_letters
-from flashfuse.ir.mask import LOW_SCORE
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
@@ -21,6 +19,7 @@ from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import shape, value_of
 from flashfuse.patterns.captured import Diagonals
+from flashfuse.patterns.empty_rows import empty_rows
 from flashfuse.patterns.exponential import logarithm
 from flashfuse.patterns.frame import Frame, Way, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
@@ -28,10 +27,10 @@ from flashfuse.patterns.operands import View, canonical_view
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.row_statistics import Statistic, find_statistic
 from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
-from flashfuse.patterns.sinks import is_ordinary, lift_sink, sink_program
+from flashfuse.patterns.sinks import lift_sink, sink_program
 from flashfuse.patterns.softmax import Softmax
 from flashfuse.patterns.sums import Edge
-from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, rows_with_choices, weight_program, with_dropout
+from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, weight_program, with_dropout
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
@@ -194,9 +193,8 @@ def check_region(frame: Frame, flow: GradientFlow) -> None:
 def make_spec(
     lifter: Lifter, values: tuple[Value, Value | None, Value | None], frame: Frame, roles: Roles
 ) -> AttentionSpec:
-    """The spec with its captures and what its empty rows give. Refuses (FF404) a scale over queries and keys."""
+    """The spec with its captures and what its empty rows give."""
     score, sink, weight = values
-    _check_scales(lifter, score, frame)
     program = folded(lifter.builder.program(lifter.as_kind(score, Kind.FLOAT)))
     weighted, sinking = weight_program(weight), sink_program(sink)
     program, weighted, sinking = _with_captures_that_are_read(lifter, program, weighted, sinking)
@@ -209,54 +207,7 @@ def make_spec(
         axes.product([axis.size for axis in refined(roles.queries)]),
         axes.product([a.size for a in refined(frame.keys)]),
     )
-    spec = replace(spec, empty_rows=EmptyRows.IMPOSSIBLE if is_ordinary(spec) else empty_rows(spec, square=square))
-    if spec.empty_rows is not EmptyRows.EXACT:
-        return spec
-    assert frame.softmax is not None
-    if frame.softmax.subtracted and (_reach_far(spec.split.kept) or spec.split.fill > float("-inf")):
-        raise Refused("FF402", frame.softmax.anchor, "exp(x - logsumexp(x)) does not sum to one where x is far from zero")
-    return replace(spec, empty_rows=_without_nan(spec, frame) if frame.zeroes_nan else rows_with_choices(spec, frame))
-
-
-def _without_nan(spec: AttentionSpec, frame: Frame) -> EmptyRows:
-    """What empty rows give whose NaN is turned into zero. Refuses (FF402) where data may make a row of -inf."""
-    if any(capture.kind is Kind.FLOAT for capture in spec.captures):
-        raise Refused("FF402", frame.output, "rows of NaN become zero, and a bias handed in may be -inf for a whole row")
-    constants = (s.attribute for s in spec.split.kept.statements if s.op == "const" and s.kind is Kind.FLOAT)
-    if not all(math.isfinite(float(each)) for each in constants):  # type: ignore[arg-type]
-        raise Refused("FF402", frame.output, "rows of NaN become zero, and scores are computed of an infinite number")
-    return EmptyRows.ZERO if spec.split.fill == float("-inf") else EmptyRows.EXACT
-
-
-def empty_rows(spec: AttentionSpec, *, square: bool) -> EmptyRows:
-    never_empty = spec.split.keep is None or rows_never_empty(spec.split.keep, square=square)
-    return EmptyRows.EXACT if _reach_far(spec.split.kept) or not never_empty else EmptyRows.IMPOSSIBLE
-
-
-def _reach_far(kept: ScoreProgram) -> bool:
-    """Whether kept scores can be brought far from zero by a constant, or by a tensor handed in."""
-    floats = [s for s in kept.statements if s.kind is Kind.FLOAT]
-    far = any(s.op == "const" and not abs(float(s.attribute)) < -LOW_SCORE for s in floats)  # type: ignore[arg-type]
-    return far or any(s.op == "load" for s in floats)
-
-
-def _check_scales(lifter: Lifter, score: Value, frame: Frame) -> None:
-    program = lifter.builder.program(score)
-    full = {"m", "n"}
-    for statement in program.statements:
-        if statement.op not in ("mul", "div"):
-            continue
-        for operand in statement.operands:
-            load = program.statements[operand]
-            letters = {str(program.statements[i].attribute) for i in load.operands if program.statements[i].op == "index"}
-            others = [o for o in statement.operands if o != operand]
-            if load.op == "load" and full <= letters and any(_has_score(program, o) for o in others):
-                raise Refused("FF404", frame.product, f"the scores are multiplied by {load.op}[{load.attribute}] over m, n")
-
-
-def _has_score(program: Any, number: int) -> bool:
-    statement = program.statements[number]
-    return statement.op == "score" or any(_has_score(program, operand) for operand in statement.operands)
+    return replace(spec, empty_rows=empty_rows(spec, frame, square=square))
 
 
 def _with_captures_that_are_read(

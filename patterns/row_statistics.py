@@ -10,13 +10,13 @@ from torch import fx
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.patterns.axes import free, refined
 from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape, value_of
+from flashfuse.patterns.empty_rows import may_be_nan
 from flashfuse.patterns.frame import Frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View
 from flashfuse.patterns.roles import Roles
 from flashfuse.patterns.softmax import COPIES, same_elements
 from flashfuse.patterns.spellings import CASTS
-from flashfuse.patterns.weights import may_be_nan
 
 aten = torch.ops.aten
 

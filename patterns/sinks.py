@@ -137,7 +137,7 @@ def sink_program(value: Value | None) -> ScoreProgram | None:
 
 
 def is_ordinary(spec: AttentionSpec) -> bool:
-    """Whether the sink alone keeps every row from being a low one."""
+    """Whether the sink alone keeps every row from being empty or far below zero."""
     if spec.sink is None:
         return False
     statement = spec.sink.statements[spec.sink.result]

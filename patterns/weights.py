@@ -6,17 +6,15 @@ Random numbers are drawn anew: a seed takes the place of dropout's own, so nobod
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import fx
 
 from flashfuse.ir import philox
-from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
-from flashfuse.ir.score_builder import Builder, Value
+from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
-from flashfuse.ir.weight import is_proportional, vanishes, zero_choices
+from flashfuse.ir.weight import is_proportional
 from flashfuse.patterns.axes import Index, free, refined
 from flashfuse.patterns.captured import Captured
 from flashfuse.patterns.frame import Frame, reads_only_metadata
@@ -90,48 +88,3 @@ def check_dropout_is_private(lifter: Lifter, frame: Frame) -> None:
             if user is not frame.output and user not in seen:
                 seen.add(user)
                 pending.append(user)
-
-
-def rows_with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
-    """What empty rows give if probabilities are replaced by zero and not multiplied by it, which differs for NaN.
-
-    A row of NaN all of whose keys are replaced is zero. Where the choices replace just the keys that the mask gave a finite
-    score there is no such row: with a replaced key it has a finite score, without one no choice changes it. Refuses (FF401)
-    where neither is certain.
-    """
-    choices = () if spec.weight is None else zero_choices(spec.weight)
-    if not choices or spec.empty_rows is not EmptyRows.EXACT or not may_be_nan(spec):
-        return spec.empty_rows
-    builder = Builder()
-    keep = None if spec.split.keep is None else builder.include(spec.split.keep)[spec.split.keep.result]
-    values = builder.include(spec.weight)  # type: ignore[arg-type]
-    kept = {c: values[c] if wanted else builder.op("not", values[c]) for c, wanted in choices}
-    dropped = {c: not wanted for c, wanted in choices if keep is not None and kept[c].number == keep.number}
-    if len(dropped) == len(choices) and _fills_what_it_drops(builder, spec, keep):
-        return spec.empty_rows
-    reads_data = any(statement.op == "load" and statement.kind is Kind.FLOAT for statement in spec.split.kept.statements)
-    if reads_data or not vanishes(spec.weight, dropped):  # type: ignore[arg-type]
-        found = "rows without keys are NaN, and it is not certain that a choice after the softmax makes the whole row zero"
-        raise Refused("FF401", frame.path[-1], found)
-    return EmptyRows.ZERO
-
-
-def _fills_what_it_drops(builder: Builder, spec: AttentionSpec, keep: Value | None) -> bool:
-    """Whether the last thing that happens to a score is that every element outside `keep` gets one finite number."""
-    result = builder.include(spec.score)[spec.score.result]
-    if keep is None or result.statement.op != "where":
-        return False
-    condition, first, second = result.operands
-    kept, fill = (condition, second) if second.constant is not None else (builder.op("not", condition), first)
-    return kept.number == keep.number and fill.constant is not None and math.isfinite(fill.constant)
-
-
-def may_be_nan(spec: AttentionSpec) -> bool:
-    """Whether all scores of a row can be -inf."""
-    never = float("-inf")
-    if spec.split.keep is not None and spec.split.fill == never:
-        return True
-    return any(
-        (s.op == "load" and s.kind is Kind.FLOAT) or (s.op == "const" and s.attribute == never)
-        for s in spec.split.kept.statements
-    )

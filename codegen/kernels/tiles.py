@@ -8,7 +8,7 @@ from flashfuse.codegen.kernels.plain_score import HAS_GAP  # SPLICE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOW_SCORE = tl.constexpr(-1.5e4)  # rows whose largest kept score is not between this and its opposite take the whole program
+LOW_SCORE = tl.constexpr(-5.0e3)  # rows whose largest kept score is not between this and its opposite take the whole program
 
 
 @triton.jit

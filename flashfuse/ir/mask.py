@@ -23,7 +23,7 @@ MASK_FILL = -3.0e4
 # A row whose largest kept score is not above this is computed from the whole program. Above it a masked element, whose
 # score is at most MASK_FILL plus the size of an ordinary score, has probability zero in float32. So is a row whose largest
 # score is not below the opposite: its logsumexp would be rounded to more than the scores' differences. Both are "low".
-LOW_SCORE = -1.5e4
+LOW_SCORE = -5.0e3
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,17 @@ def _scores() -> list[Case]:
             )
         )
     p = Program()
+    factor, added = p.capture("factor", Kind.FLOAT, p.m, p.n), p.capture("added", Kind.FLOAT, p.h, p.m, p.n)
+    cases.append(
+        Case(
+            "scaled_by_element",
+            p.spec(p.s * factor + added),
+            lambda s, c, z, i: s * c[0] + c[1],
+            lambda g: [torch.rand(37, 37, generator=g), torch.randn(2, 37, 37, generator=g)],
+            needs=(True, True),
+        )
+    )
+    p = Program()
     masked_bias = p.capture("bias", Kind.FLOAT, p.m, p.n)
     cases.append(
         Case(

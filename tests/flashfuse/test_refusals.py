@@ -115,11 +115,6 @@ def keys_of_their_own_for_each_query(q, k, v):
     return torch.einsum("bhmd,bhmnd->bhmn", q, keys).softmax(-1) @ v
 
 
-@gives("FF404")
-def scale_over_queries_and_keys(q, k, v):
-    return (q @ k.mT * v[0, 0, :, :8]).softmax(-1) @ v
-
-
 @gives("FF407")
 def dropped_probabilities_returned(q, k, v):
     p = F.dropout((q @ k.mT * 0.25).softmax(-1), 0.5, training=True)

@@ -66,6 +66,20 @@ def tensor_scale_0d(q, k, v, c):
     return torch.softmax(q @ k.mT / c, -1) @ v
 
 
+@spelling(inputs=lambda: (*qkv(), torch.rand(S, S)), score="s * c0[m, n]", rows="exact", gradients=(0, 1, 2, 3))
+def tensor_scale_full(q, k, v, scale):
+    return (q @ k.mT * scale).softmax(-1) @ v
+
+
+@spelling(
+    inputs=lambda: (*qkv(), torch.ones(S, S).tril()),
+    score="((s * 0.25) * c0[m, n]) + ((1 - c0[m, n]) * -10000)",
+    rows="exact",
+)
+def scores_times_a_triangle_and_ten_thousand_less(q, k, v, triangle):
+    return (q @ k.mT * 0.25 * triangle + -1e4 * (1 - triangle)).softmax(-1) @ v
+
+
 @spelling(score="-(s * -0.25)")
 def negative_then_positive(q, k, v):
     return torch.softmax(-((q @ k.mT) * -0.25), -1) @ v
@@ -347,7 +361,7 @@ def key_bias_handed_in(q, k, v, bias):
     return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
 
 
-@spelling(score="(s * 0.25) + (-10000 if (n > 11) else 0)")
+@spelling(score="(s * 0.25) + (-10000 if (n > 11) else 0)", rows="exact")
 def ten_thousand_is_an_ordinary_number(q, k, v):
     return (q @ k.mT * 0.25 + torch.where(torch.arange(S) > 11, -10000.0, 0.0)).softmax(-1) @ v
 
@@ -411,9 +425,11 @@ def query_input_written_in_between(q, k, v):
     return p @ v
 
 
-@near_miss("FF404", "tensor_scale_0d", inputs=lambda: (*qkv(), torch.rand(S, S)))
-def scale_is_a_full_tensor(q, k, v, scale):
-    return (q @ k.mT * scale).softmax(-1) @ v
+@near_miss("FF303", "tensor_scale_full", inputs=lambda: (*qkv(), torch.rand(S, S)))
+def scale_written_in_between(q, k, v, scale):
+    p = (q @ k.mT * scale).softmax(-1)
+    scale.zero_()
+    return p @ v
 
 
 @near_miss("FF206", "upcast_operands", inputs=lambda: (qkv()[0].bfloat16(), *qkv()[1:]))

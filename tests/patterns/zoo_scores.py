@@ -41,12 +41,12 @@ def silu_of_scores(q, k, v):
     return F.silu(_scores(q, k)).softmax(-1) @ v
 
 
-@spelling(score="max(s * 0.25, 0) + log(exp(-|s * 0.25|) + 1)")
+@spelling(score="max(s * 0.25, 0) + log(exp(-|s * 0.25|) + 1)", rows="exact")
 def softplus_of_scores(q, k, v):
     return F.softplus(_scores(q, k)).softmax(-1) @ v
 
 
-@spelling(score="-(max(-(s * 0.25), 0) + log(exp(-|-(s * 0.25)|) + 1))")
+@spelling(score="-(max(-(s * 0.25), 0) + log(exp(-|-(s * 0.25)|) + 1))", rows="exact")
 def log_sigmoid_of_scores(q, k, v):
     return F.logsigmoid(_scores(q, k)).softmax(-1) @ v
 
@@ -56,7 +56,7 @@ def leaky_relu_of_scores(q, k, v):
     return F.leaky_relu(_scores(q, k), 0.2).softmax(-1) @ v
 
 
-@spelling(score="((s * 0.25) if ((s * 0.25) > 0) else (exp((0 if ((s * 0.25) > 0) else (s * 0.25))) - 1))")
+@spelling(score="((s * 0.25) if ((s * 0.25) > 0) else (exp((0 if ((s * 0.25) > 0) else (s * 0.25))) - 1))", rows="exact")
 def elu_of_scores(q, k, v):
     return F.elu(_scores(q, k)).softmax(-1) @ v
 
@@ -66,7 +66,7 @@ def hardtanh_of_scores(q, k, v):
     return F.hardtanh(_scores(q, k)).softmax(-1) @ v
 
 
-@spelling(score="(s * 0.25) * (s * 0.25)")
+@spelling(score="(s * 0.25) * (s * 0.25)", rows="exact")
 def squared_scores(q, k, v):
     return (_scores(q, k) ** 2).softmax(-1) @ v
 
@@ -82,13 +82,13 @@ def sine_and_cosine_of_scores(q, k, v):
     return (torch.sin(x) + torch.cos(x)).softmax(-1) @ v
 
 
-@spelling(score="(1 if ((s * 0.25) > 0) else (-1 if ((s * 0.25) < 0) else 0)) * log(|s * 0.25| + 1)")
+@spelling(score="(1 if ((s * 0.25) > 0) else (-1 if ((s * 0.25) < 0) else 0)) * log(|s * 0.25| + 1)", rows="exact")
 def signed_logarithm_of_scores(q, k, v):
     x = _scores(q, k)
     return (x.sign() * x.abs().log1p()).softmax(-1) @ v
 
 
-@spelling(score="exp(s * 0.173287) - (exp(s * 0.25) - 1)")
+@spelling(score="exp(s * 0.173287) - (exp(s * 0.25) - 1)", rows="exact")
 def powers_of_two_of_scores(q, k, v):
     x = _scores(q, k)
     return (x.exp2() - x.expm1()).softmax(-1) @ v
