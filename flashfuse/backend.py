@@ -22,8 +22,8 @@ from flashfuse.options import Options, parse
 from flashfuse.patterns.attention import Match
 from flashfuse.patterns.normal_form import NormalForm, captured_value, is_opaque
 from flashfuse.patterns.normalise import normalise
-from flashfuse.patterns.score_cone import user_place
 from flashfuse.patterns.search import Site, find_attention, refusal
+from flashfuse.patterns.user_code import user_place
 from flashfuse.patterns.user_names import capture_names
 from flashfuse.records import GraphRecord, SiteRecord
 from flashfuse.refusal import CATALOGUE, Refusal, Refused

@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from flashfuse.patterns.score_cone import user_place
+from flashfuse.patterns.user_code import user_place
 from flashfuse.records import SiteRecord
 from flashfuse.stages import Fused
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, Capture, EmptyRows, plain_load_letters
+from flashfuse.ir.scales import folded
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
@@ -21,15 +22,18 @@ from flashfuse.patterns.calls import shape, value_of
 from flashfuse.patterns.captured import Diagonals
 from flashfuse.patterns.empty_rows import empty_rows
 from flashfuse.patterns.exponential import logarithm
-from flashfuse.patterns.frame import Frame, Way, read_frame
+from flashfuse.patterns.frame import Frame, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View, canonical_view
+from flashfuse.patterns.positions import Positions
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.row_statistics import Statistic, find_statistic
-from flashfuse.patterns.score_cone import Lifter, Positions, describe, folded
+from flashfuse.patterns.score_cone import Lifter
 from flashfuse.patterns.sinks import lift_sink, sink_program
 from flashfuse.patterns.softmax import Softmax
 from flashfuse.patterns.sums import Edge
+from flashfuse.patterns.user_code import describe
+from flashfuse.patterns.ways import Way
 from flashfuse.patterns.weights import check_dropout_is_private, lift_weight, weight_program, with_dropout
 from flashfuse.refusal import Refused
 

@@ -11,8 +11,9 @@ from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns.axes import Index
 from flashfuse.patterns.calls import Call, bind, is_tensor, value_of
-from flashfuse.patterns.score_cone import Lifter, describe
+from flashfuse.patterns.score_cone import Lifter
 from flashfuse.patterns.spellings import CASTS, ROWS
+from flashfuse.patterns.user_code import describe
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten

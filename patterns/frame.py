@@ -14,16 +14,19 @@ from torch import fx
 
 from flashfuse.patterns import axes, contraction
 from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
+from flashfuse.patterns.calls import bind, shape, value_of
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.joined import largest_sum
 from flashfuse.patterns.operands import Stage, peel
-from flashfuse.patterns.score_cone import describe
+from flashfuse.patterns.products import between, find_products
+from flashfuse.patterns.row_shifts import row_shifts
 from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.sinks import Cut, Sink, beside_sink, cut_of, find_sink
-from flashfuse.patterns.softmax import LateSum, Softmax, leads_to_product, row_shifts, upwards
-from flashfuse.patterns.spellings import CASTS, ROWS, overwrites_whole
-from flashfuse.patterns.sums import Edge, Factor, edge_of, factors_behind
+from flashfuse.patterns.softmax import Softmax, upwards
+from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.sums import Edge, Factor, factors_behind
+from flashfuse.patterns.user_code import describe
+from flashfuse.patterns.ways import Way, reads_only_metadata
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten
@@ -73,102 +76,6 @@ class Frame:
         """Nodes of the path whose element is that of the node before: parts, sums, factors taken to the output."""
         own = {*(edge.node for edge in self.edges), *(factor.node for factor in self.factors)}
         return frozenset(own | {node for node in self.path if is_selection(node)})
-
-
-# ------------------------------------------------------------------------------------------------ down to the output
-
-
-@dataclass(frozen=True)
-class Way:
-    """From the softmax to an output: the nodes up to the product with the value, that product, and the output itself.
-
-    With `edges`, the sums on the path, the output is a sum of several attentions' (see `patterns.sums`).
-    """
-
-    path: tuple[fx.Node, ...]
-    product: fx.Node
-    output: fx.Node
-    zeroing: frozenset[fx.Node] = frozenset()
-    late: LateSum | None = None
-    edges: tuple[Edge, ...] = ()
-
-
-def find_ways(softmax: Softmax) -> list[Way]:
-    """Every product with a value that consumes the probabilities. Refuses FF101 or FF401 if there is none.
-
-    Whoever else uses the probabilities gets them from the original code.
-    """
-    if softmax.late is not None:
-        return [Way(softmax.late.path, softmax.late.product, softmax.late.output, late=softmax.late)]
-    if not leads_to_product(softmax.anchor):
-        raise Refused("FF101", softmax.anchor, "no product of its result with a value")
-    ways: list[Way] = []
-    strange: list[fx.Node] = []
-    pending: list[tuple[fx.Node, tuple[fx.Node, ...], frozenset[fx.Node], tuple[Edge, ...]]]
-    pending = [(softmax.anchor, (), frozenset(), ())]
-    while pending:
-        node, path, zeroes, edges = pending.pop()
-        for user in node.users:
-            if user.op == "output" or reads_only_metadata(user, node):
-                continue
-            row = ROWS.get(user.target)
-            if contraction.is_product(user):
-                if all((way.product, way.edges) != (user, edges) for way in ways):
-                    ways.append(Way(path, user, user, zeroes, edges=edges))
-            elif _zeroes_nan(user, node) and not edges:
-                pending.append((user, (*path, user), zeroes | {user}, edges))
-            elif is_selection(user) or (row is not None and (row.index is not None or row.weighs or user.target in CASTS)):
-                pending.append((user, (*path, user), zeroes, edges))
-            elif edge_of(user, node) is not None and leads_to_product(user):
-                pending.append((user, (*path, user), zeroes, (*edges, edge_of(user, node))))  # type: ignore[arg-type]
-            else:
-                strange.append(user)
-    if not ways and not strange:
-        raise Refused("FF101", softmax.anchor, "no product of its result with a value")
-    if not ways:
-        raise Refused("FF401", strange[0], f"{describe(strange[0])} on the probabilities")
-    return ways
-
-
-def _zeroes_nan(user: fx.Node, node: fx.Node) -> bool:
-    """`nan_to_num(p)`, `p.masked_fill(p.isnan(), 0)` and `where(p.isnan(), 0, p)`."""
-    if user.target is aten.nan_to_num.default:
-        return not bind(user, ("self", "nan", "posinf", "neginf"))["nan"]
-    if user.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        mask, fill, kept = user.args[1], user.args[2], user.args[0]
-    elif user.target in (aten.where.self, aten.where.ScalarSelf):
-        mask, fill, kept = user.args
-    else:
-        return False
-    checks_nan = isinstance(mask, fx.Node) and mask.target is aten.isnan.default and mask.args[0] is node
-    return checks_nan and kept is node and _is_zero(fill)
-
-
-def _is_zero(fill: object) -> bool:
-    if isinstance(fill, fx.Node) and fill.target is aten.scalar_tensor.default:
-        fill = fill.args[0]
-    if isinstance(fill, fx.Node) and fill.target in (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default):
-        return True
-    return isinstance(fill, (int, float)) and fill == 0
-
-
-def reads_only_metadata(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user needs a node's shape or dtype only."""
-    if user.op != "call_function":
-        return False
-    if user.target is aten._assert_tensor_metadata.default:
-        return True
-    if isinstance(user.meta.get("val"), (torch.SymInt, int)) and "sym_" in str(user.target):
-        return True
-    name = str(user.target)
-    if any(word in name for word in ("new_", "_like.")):
-        return True
-    if user.target in (aten.type_as.default, aten.to.other, aten.view_as.default, aten.expand_as.default):
-        return user.args[0] is not node
-    return user.args[:1] == (node,) and node not in user.args[1:] and overwrites_whole(user)
-
-
-# ------------------------------------------------------------------------------------------------ up to the scores
 
 
 def read_frame(softmax: Softmax, way: Way, flow: GradientFlow, *, join: bool = False) -> Frame:
@@ -250,7 +157,7 @@ def _choose_joined(
     joined = largest_sum(*products[0])
     if joined is None or any(flow.stops_at(node) for node in (joined.node, *joined.products)):
         return None
-    carriers = _between(joined.node, scores, {*products[0][1], joined.node})
+    carriers = between(joined.node, scores, {*products[0][1], joined.node})
     try:
         own = _index_at(scores, index, joined.node, carriers, shifts)
         parts = [contraction.operands(product, own, "d") for product in joined.products]
@@ -325,74 +232,6 @@ def _through(node: fx.Node, before: fx.Node, index: Index) -> Index:
     return row.index(None, call, index)
 
 
-def find_products(scores: fx.Node, shifts: dict[fx.Node, fx.Node]) -> list[tuple[fx.Node, frozenset[fx.Node]]]:
-    """The products that the scores come from, each with the nodes that carry the score between it and `scores`."""
-    products: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-    stopped: list[fx.Node] = []
-    stack = [scores]
-    while stack:
-        node = stack.pop()
-        if node in seen or node.op != "call_function":
-            stopped += [node] if node.op != "call_function" else []
-            continue
-        seen.add(node)
-        if contraction.is_product(node):
-            products.append(node)
-            stack.extend(_added(node))
-        elif node.target in ROWS or is_selection(node):
-            inputs = (each for each in node.all_input_nodes if not reads_only_metadata(node, each))
-            above = [each for each in inputs if is_tensor(each) or is_selection(each)]
-            stack.extend([shifts[node]] if node in shifts else above)
-        else:
-            stopped.append(node)
-    if not products:
-        unknown = next((node for node in stopped if _comes_from_product(node)), None)
-        if unknown is not None:
-            raise Refused("FF401", unknown, f"{describe(unknown)} between the product and the softmax")
-        raise Refused("FF201", stopped[0] if stopped else scores, "no product between the softmax and " + _names(stopped))
-    carrying = [node for node in products if not _makes_side_value(node, scores, seen)]
-    return [(node, _between(node, scores, seen)) for node in carrying or products]
-
-
-def _comes_from_product(node: fx.Node, most: int = 40) -> bool:
-    """Whether a product lies close above a node of the same shape."""
-    stack, seen = list(node.all_input_nodes), {node}
-    while stack and len(seen) < most:
-        current = stack.pop()
-        if current in seen or current.op != "call_function":
-            continue
-        seen.add(current)
-        if contraction.is_product(current) and is_tensor(node) and len(shape(current)) == len(shape(node)):
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
-
-
-def _added(node: fx.Node) -> list[fx.Node]:
-    found = node.args[0] if node.target in (aten.baddbmm.default, aten.addmm.default) else None
-    beta = node.kwargs.get("beta", 1)
-    return [found] if isinstance(found, fx.Node) and beta != 0 else []
-
-
-def _makes_side_value(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> bool:
-    """Whether a product reaches the scores only as a mask: its value is turned into a predicate on every way."""
-    users = [user for user in product.users if user in seen]
-    return product is not scores and bool(users) and all(is_tensor(u) and value_of(u).dtype is torch.bool for u in users)
-
-
-def _between(product: fx.Node, scores: fx.Node, seen: set[fx.Node]) -> frozenset[fx.Node]:
-    forward: set[fx.Node] = set()
-    stack = [product]
-    while stack:
-        node = stack.pop()
-        if node in forward or node not in seen or not (node is product or node.target in ROWS or is_selection(node)):
-            continue
-        forward.add(node)
-        stack.extend(user for user in node.users if not reads_only_metadata(user, node))
-    return frozenset(forward - {product})
-
-
 def _index_at(
     scores: fx.Node, index: Index, product: fx.Node, carriers: frozenset[fx.Node], shifts: dict[fx.Node, fx.Node]
 ) -> Index:
@@ -441,7 +280,3 @@ def _is_query_first(product: fx.Node, operands: contraction.Operands, keys: tupl
     if left | right != wanted:
         raise Refused("FF201", product, "its factor runs over a part of the keys that the softmax normalises only")
     return bool(right)
-
-
-def _names(nodes: list[fx.Node]) -> str:
-    return ", ".join(describe(node) for node in nodes[:3]) or "the graph's inputs"

@@ -8,8 +8,6 @@ that no M x N tensor is needed for what the graph computes from smaller things; 
 from __future__ import annotations
 
 import logging
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,64 +19,16 @@ from flashfuse.ir.diagonals import diagonal_position, is_diagonal, is_diagonal_p
 from flashfuse.ir.mask import MASK_FILL
 from flashfuse.ir.score_builder import Builder, Value
 from flashfuse.ir.score_ops import Kind
-from flashfuse.ir.score_program import LEAVES, ScoreProgram
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Dim, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
 from flashfuse.patterns.captured import Captured, by_distance
 from flashfuse.patterns.gradient_flow import GradientFlow
-from flashfuse.patterns.operands import View, canonical_view
+from flashfuse.patterns.positions import Positions
 from flashfuse.patterns.selections import is_selection, operand_index
 from flashfuse.patterns.spellings import CREATIONS, ROWS
+from flashfuse.patterns.user_code import describe, user_line
 from flashfuse.refusal import Refused
-
-
-@dataclass
-class Positions:
-    """Where every axis lies in the canonical (b, h, m, n): letter -> axes, major first."""
-
-    groups: dict[str, tuple[Axis, ...]]
-
-    def letters(self, dim: Dim) -> set[str]:
-        """The canonical letters that a dimension runs over; a computed one counts as both m and n."""
-        if isinstance(dim, Value):
-            return {"m", "n"}
-        return {letter for letter, axes_ in self.groups.items() for axis in refined(dim) if axis in refined(axes_)}
-
-    def runs(self, dim: tuple[Axis, ...]) -> list[tuple[str, int, tuple[Axis, ...]]]:
-        """A dimension as runs of neighbouring axes of one letter: (letter, place of the first, axes); "" for none."""
-        found: list[tuple[str, int, tuple[Axis, ...]]] = []
-        for axis in dim:
-            letter, place = self._place(axis)
-            if found and letter and found[-1][0] == letter and found[-1][1] + len(found[-1][2]) == place:
-                found[-1] = (letter, found[-1][1], (*found[-1][2], axis))
-            else:
-                found.append((letter, place, (axis,)))
-        return found
-
-    def _place(self, axis: Axis) -> tuple[str, int]:
-        for letter, group in self.groups.items():
-            whole = refined(group)
-            if axis in whole:
-                return letter, whole.index(axis)
-        return "", 0
-
-    def are_plain(self, index: Index) -> bool:
-        """Whether each dimension is one whole canonical index, or position 0."""
-        wholes = {refined(group) for group in self.groups.values()}
-        plain = ("index", "const")
-        return all(d.statement.op in plain if isinstance(d, Value) else refined(d) in {(), *wholes} for d in index)
-
-    def canonical(self, index: Index) -> tuple[View, Index]:
-        """The view of a tensor as [B, H, M, N], with size 1 for what it does not depend on, and its index.
-
-        Raises LayoutError for computed positions.
-        """
-        if any(isinstance(dim, Value) for dim in index):
-            raise axes.LayoutError("a tensor that needs a gradient is read at computed positions")
-        own = {axis for dim in index for axis in refined(dim)}  # type: ignore[arg-type]
-        groups = [refined(group) if own & set(refined(group)) else () for group in self.groups.values()]
-        return canonical_view(index, groups), tuple(groups)
 
 
 @dataclass
@@ -403,59 +353,3 @@ def _is_plain_load(value: Value) -> bool:
     """Whether a value is an element of a tensor at the canonical indices themselves."""
     plain = all(operand.statement.op in ("index", "const") for operand in value.operands)
     return value.statement.op == "load" and plain
-
-
-def describe(node: fx.Node) -> str:
-    """What a node calls, as the ATen name."""
-    if node.op == "output":
-        return "the graph's output"
-    return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
-
-
-def user_place(node: fx.Node) -> str:
-    """`/home/me/file.py:41`: the user's code that made a node, or an empty string."""
-    places = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not places:
-        return ""
-    file, line = places[-1]
-    return f"{file.replace(chr(92), '/')}:{line}"
-
-
-_FRAME = re.compile(r'^\s*File "(.+)", line (\d+)', re.MULTILINE)
-
-
-def user_line(node: fx.Node) -> str:
-    """`file.py:41` of the user's code that made a node, or an empty string."""
-    return user_place(node).rsplit("/", 1)[-1]
-
-
-def folded(program: ScoreProgram) -> ScoreProgram:
-    """The program with its scales collected (`(s * a) / b` is `s * (a / b)`, rounded once) and zeros no longer added."""
-    builder = Builder()
-    values: list[Value] = []
-    for statement in program.statements:
-        builder.source = statement.source
-        operands = [values[operand] for operand in statement.operands]
-        if statement.op in ("mul", "div") and statement.kind is Kind.FLOAT:
-            values.append(_scaled(builder, statement.op, *operands))
-        elif statement.op == "add" and statement.kind is Kind.FLOAT and operands[1].constant == 0.0:
-            values.append(operands[0])
-        elif statement.op in LEAVES:
-            values.append(builder.leaf(statement.op, statement.attribute, statement.kind, operands))
-        else:
-            values.append(builder.op(statement.op, *operands))
-    return builder.program(*(values[result] for result in program.results))
-
-
-def _scaled(builder: Builder, op: str, a: Value, b: Value) -> Value:
-    if op == "mul" and a.constant is not None:
-        a, b = b, a
-    factor = b.constant
-    if factor is None or (op == "div" and factor == 0):
-        return builder.op(op, a, b)
-    scale = float(factor) if op == "mul" else 1.0 / float(factor)
-    if not math.isfinite(scale):
-        return builder.op(op, a, b)
-    if a.statement.op == "mul" and a.operands[1].constant is not None:
-        scale, a = scale * float(a.operands[1].constant), a.operands[0]  # type: ignore[arg-type]
-    return a if scale == 1.0 else builder.op("mul", a, scale)

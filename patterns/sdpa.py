@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.derivative import index_letters
+from flashfuse.ir.scales import folded
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.patterns import axes, contraction
@@ -22,8 +23,9 @@ from flashfuse.patterns.calls import Call, bind, shape, value_of
 from flashfuse.patterns.frame import Frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import peel
+from flashfuse.patterns.positions import Positions
 from flashfuse.patterns.roles import Roles, solve_roles
-from flashfuse.patterns.score_cone import Lifter, Positions, folded
+from flashfuse.patterns.score_cone import Lifter
 from flashfuse.patterns.weights import weight_program, with_dropout
 from flashfuse.refusal import Refused
 

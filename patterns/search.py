@@ -14,12 +14,12 @@ from flashfuse.patterns.attention import Match, check_seeds, read_softmax
 from flashfuse.patterns.axes import LayoutError
 from flashfuse.patterns.calls import is_tensor
 from flashfuse.patterns.contraction import is_product
-from flashfuse.patterns.frame import Way, find_ways
 from flashfuse.patterns.gradient_flow import GradientFlow
-from flashfuse.patterns.score_cone import describe, user_line
 from flashfuse.patterns.sdpa import SDPA, read_sdpa
 from flashfuse.patterns.softmax import recognise
 from flashfuse.patterns.sums import check_terms
+from flashfuse.patterns.user_code import describe, user_line
+from flashfuse.patterns.ways import Way, find_ways
 from flashfuse.refusal import Refusal, Refused
 
 log = logging.getLogger("flashfuse")

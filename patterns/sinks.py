@@ -15,6 +15,7 @@ from torch import fx
 from flashfuse.ir.attention_spec import AttentionSpec
 from flashfuse.ir.derivative import index_letters
 from flashfuse.ir.mask import LOW_SCORE
+from flashfuse.ir.scales import folded
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
@@ -22,9 +23,11 @@ from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, normal_dim, shape, value_of
 from flashfuse.patterns.exponential import exponent
-from flashfuse.patterns.score_cone import Lifter, describe, folded
-from flashfuse.patterns.softmax import Softmax, same_elements, takes_off_maximum
+from flashfuse.patterns.row_shifts import takes_off_maximum
+from flashfuse.patterns.score_cone import Lifter
+from flashfuse.patterns.softmax import Softmax, same_elements
 from flashfuse.patterns.spellings import ROWS
+from flashfuse.patterns.user_code import describe
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten

@@ -10,7 +10,6 @@ A new spelling is one new row in `_FORMS`.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,10 @@ import torch
 from torch import fx
 
 from flashfuse.patterns import axes, contraction
-from flashfuse.patterns.axes import Axis, Index, refined
+from flashfuse.patterns.axes import Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, normal_dim, shape
 from flashfuse.patterns.exponential import exponent, exponential_nodes
-from flashfuse.patterns.selections import is_selection, operand_index
+from flashfuse.patterns.selections import is_selection
 from flashfuse.patterns.spellings import CASTS, ROWS
 from flashfuse.refusal import Refused
 
@@ -105,14 +104,14 @@ def _exponential(node: fx.Node) -> Softmax | None:
     minuend, subtrahend = call["self"], call["other"]
     if not is_tensor(minuend) or not is_tensor(subtrahend):
         return None
-    total = _reduction(node, subtrahend, _LOG_SUMS, minuend)
+    total = _reduction(node, subtrahend, LOG_SUMS, minuend)
     if total is None:
         return None
     return Softmax(node, minuend, total.dim, inside=(*passed, source, *total.nodes), subtracted=True)
 
 
 _LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default})
-_LOG_SUMS = frozenset({aten.logsumexp.default})
+LOG_SUMS = frozenset({aten.logsumexp.default})
 
 
 # ------------------------------------------------------------------------------------------------ exponentials and their sum
@@ -287,80 +286,6 @@ def same_elements(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         passed.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, tuple(passed)
-
-
-# ------------------------------------------------------------------------------------------------ what cancels
-
-
-def row_shifts(softmax: Softmax, index: Index, keys: tuple[Axis, ...]) -> dict[fx.Node, fx.Node]:
-    """Sums of which one term is a statistic of the other that is the same for a whole row: {sum: the term that stays}.
-
-    Softmax does not change when a row's maximum is subtracted. Only a statistic of the very scores is passed over: any
-    other tensor may hold numbers so large that eager code rounds the scores away.
-    """
-    found: dict[fx.Node, fx.Node] = {}
-    node, own = softmax.scores, index
-    if softmax.exponential:
-        node = exponential_nodes(node)[-1].args[0]  # type: ignore[assignment]
-    while node.op == "call_function" and node.target in ROWS:
-        row = ROWS[node.target]
-        following: Any = None
-        if row.index is not None:
-            following, own = node.args[0], operand_index(node, own)
-        elif node.target in CASTS:
-            following = node.args[0]
-        elif node.target in (aten.sub.Tensor, aten.add.Tensor):
-            following = _without_statistic(node, own, keys)
-            if following is not None:
-                found[node] = following
-        elif node.target in _ROW_SCALES:
-            following = _without_factor(node, own, keys)
-        if following is None:
-            break
-        node = following
-        own = own if len(own) == len(shape(node)) else axes.broadcast(own, shape(node))
-    return found
-
-
-_ROW_SCALES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
-
-
-def _without_statistic(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:
-    tensor, other = node.args[:2]
-    if not is_tensor(tensor) or not is_tensor(other) or node.kwargs:
-        return None
-    if _runs_over(axes.broadcast(index, shape(other)), keys):
-        return None
-    source, _own, _passed = upwards(other, axes.broadcast(index, shape(other)))
-    if source is not None and source.target is operator.getitem and source.args[1] == 0:
-        source = source.args[0]  # type: ignore[assignment]
-    if source is None or source.target not in _STATISTICS:
-        return None
-    return tensor if same_elements(source.args[0])[0] is same_elements(tensor)[0] else None  # type: ignore[arg-type, return-value]
-
-
-def takes_off_maximum(node: fx.Node) -> bool:
-    """Whether a sum whose other term cancels (see `row_shifts`) is a tensor less its own rows' maximum."""
-    source, _own, _passed = upwards(node.args[1], tuple(axes.fresh("r", size) for size in shape(node.args[1])))  # type: ignore[arg-type]
-    if source is not None and source.target is operator.getitem:
-        source = source.args[0]  # type: ignore[assignment]
-    return node.target is aten.sub.Tensor and source is not None and source.target in _STATISTICS - _LOG_SUMS
-
-
-_STATISTICS = frozenset({aten.amax.default, aten.max.dim, aten.max.default}) | _LOG_SUMS
-
-
-def _without_factor(node: fx.Node, index: Index, keys: tuple[Axis, ...]) -> fx.Node | None:
-    tensor, factor = node.args[:2]
-    if not is_tensor(tensor):
-        return None
-    if is_tensor(factor) and _runs_over(axes.broadcast(index, shape(factor)), keys):
-        return None
-    return tensor  # type: ignore[return-value]
-
-
-def _runs_over(index: Index, keys: tuple[Axis, ...]) -> bool:
-    return any(axis in refined(keys) for dim in index for axis in refined(dim))  # type: ignore[arg-type]
 
 
 _FORMS: dict[Any, Callable[[fx.Node], Softmax | None]] = {

@@ -16,9 +16,9 @@ from torch import fx
 from flashfuse.patterns import axes
 from flashfuse.patterns.axes import Axis, Index, refined
 from flashfuse.patterns.calls import bind, is_tensor, shape, value_of
-from flashfuse.patterns.score_cone import describe
 from flashfuse.patterns.selections import is_selection
 from flashfuse.patterns.spellings import CASTS, ROWS
+from flashfuse.patterns.user_code import describe
 from flashfuse.refusal import Refused
 
 aten = torch.ops.aten

@@ -11,14 +11,17 @@ from typing import Any
 from torch import fx
 
 from flashfuse.ir import philox
+from flashfuse.ir.scales import folded
 from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.ir.weight import is_proportional
 from flashfuse.patterns.axes import Index, free, refined
 from flashfuse.patterns.captured import Captured
-from flashfuse.patterns.frame import Frame, reads_only_metadata
-from flashfuse.patterns.score_cone import Lifter, describe, folded
+from flashfuse.patterns.frame import Frame
+from flashfuse.patterns.score_cone import Lifter
+from flashfuse.patterns.user_code import describe
+from flashfuse.patterns.ways import reads_only_metadata
 from flashfuse.refusal import Refused
 
 
