@@ -100,6 +100,7 @@ class _Writer:
                 f"SCALE = tl.constexpr({self.scale!r})  # natural units in a unit of what `kept_score` returns",
                 f"FACTOR = tl.constexpr({self.scale * math.log2(math.e)!r})  # SCALE * log2(e)",
                 f"HAS_SINK = tl.constexpr({self.spec.sink is not None})  # whether rows have a sink",
+                f"HAS_CHOICES = tl.constexpr({self.spec.has_choices})  # whether `weighted` puts zeros in the place of NaN",
                 f"LOADS_AHEAD = tl.constexpr({ahead})  # whether `kept_score` loads elements at keys",
                 f"HAS_GAP = tl.constexpr({self.spec.has_gaps})  # whether ranges of keys or queries can have a gap",
             ]

@@ -161,7 +161,9 @@ def _forward_low_rows(call: Call, part: Chunk, scratch: Scratch, result: _Rows, 
     sink = sink_of(call, part)
     top = _top(scores, sink)
     total = _exponentials(scores, top, sink)
-    out = torch.bmm(weighted(call, part, scores), call.value[part.pairs]).div_(total)
+    lost = total.isnan()  # where a weight puts zeros in the place of all probabilities the row is zero all the same
+    scores.masked_fill_(lost, float("nan"))
+    out = torch.bmm(weighted(call, part, scores), call.value[part.pairs]).div_(total.masked_fill(lost, 1.0))
     values = (out, total.log_(), top)
     targets = (result.out, *(plane.unsqueeze(-1) for plane in result.stats))
     for target, value in zip(targets, values, strict=True):

@@ -58,8 +58,8 @@ def _with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     """What empty rows give if probabilities are replaced by zero and not multiplied by it, which differs for NaN.
 
     A row of NaN all of whose keys are replaced is zero. Where the choices replace just the keys that the mask gave a finite
-    score there is no such row: with a replaced key it has a finite score, without one no choice changes it. Refuses (FF401)
-    where neither is certain.
+    score there is no such row: with a replaced key it has a finite score, without one no choice changes it. Where neither is
+    certain the rows that the mask empties are computed whole (`AttentionSpec.has_choices`); without a mask it is refused (FF401).
     """
     choices = () if spec.weight is None else zero_choices(spec.weight)
     if not choices or spec.empty_rows is not EmptyRows.EXACT or not may_be_nan(spec):
@@ -71,10 +71,12 @@ def _with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     dropped = {c: not wanted for c, wanted in choices if keep is not None and kept[c].number == keep.number}
     if len(dropped) == len(choices) and _fills_what_it_drops(builder, spec, keep):
         return spec.empty_rows
-    if _reach_far(spec.split.kept) or not vanishes(spec.weight, dropped):  # type: ignore[arg-type]
-        found = "rows without keys are NaN, and it is not certain that a choice after the softmax makes the whole row zero"
-        raise Refused("FF401", frame.path[-1], found)
-    return EmptyRows.ZERO
+    if not _reach_far(spec.split.kept) and vanishes(spec.weight, dropped):  # type: ignore[arg-type]
+        return EmptyRows.ZERO
+    if keep is not None:
+        return EmptyRows.EXACT
+    found = "rows without keys are NaN, and it is not certain that a choice after the softmax makes the whole row zero"
+    raise Refused("FF401", frame.path[-1], found)
 
 
 def _fills_what_it_drops(builder: Builder, spec: AttentionSpec, keep: Value | None) -> bool:

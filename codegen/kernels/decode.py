@@ -89,7 +89,7 @@ def attend_low(
         D, E, D_PAD, E_PAD, BLOCK_N, False, False, True, True, PRECISION, False,
     )  # fmt: skip
     finish(
-        acc, total, top, out, out_m, stats + lane, plane, only, only,
+        acc, total, top, out, out_m, stats + lane, plane, only, only, only,
         E, E_PAD, 16, HAS_MASK, PLANES, EMPTY_ZERO, True,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def flashfuse_combine(
         low = tl.max(is_low(higher * SCALE, total).to(tl.int32), 0)
     if low == 0:
         finish(
-            acc, total, higher, out, out_m, stats, plane, inside, inside,
+            acc, total, higher, out, out_m, stats, plane, inside, inside, inside,
             E, E_PAD, 1, HAS_MASK, PLANES, EMPTY_ZERO, False,
         )  # fmt: skip
     if HAS_MASK and PLANES == 2:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from flashfuse.codegen.kernels.plain_score import (
     FACTOR,
+    HAS_CHOICES,
     HAS_SINK,
     SCALE,
     keep,
@@ -99,12 +100,28 @@ def is_low(top, total):
 
 
 @triton.jit
+def weigh_a_key(b, h, m, inside_m, M, N, inputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether rows weigh any key otherwise than by a zero in its place, which hides that its probability is NaN."""
+    found = tl.zeros([BLOCK_M], tl.int32)
+    for first in tl.range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[None, :]
+        inside_n = n < N
+        p = tl.full([BLOCK_M, BLOCK_N], float("nan"), tl.float32)
+        p = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
+        found |= tl.max(((p != p) & inside_n).to(tl.int32), 1)
+    return found != 0
+
+
+@triton.jit
 def finish(
-    acc, total, top, out, out_m, stats, plane, inside, low_rows,
+    acc, total, top, out, out_m, stats, plane, inside, low_rows, weighing,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_MASK: tl.constexpr, PLANES: tl.constexpr, EMPTY_ZERO: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Divide by the rows' sums, and store the rows that are `inside` (LOW: and low) with their statistics."""
+    """Divide by the rows' sums, and store the rows that are `inside` (LOW: and low) with their statistics.
+
+    LOW with HAS_CHOICES: a row whose sum is zero or NaN stays what it is, unless it is `weighing` a key (`weigh_a_key`).
+    """
     if LOW:
         inside = inside & low_rows
         sums = tl.log(total)
@@ -122,6 +139,8 @@ def finish(
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         sums = tl.where(empty, float("inf"), sums)
+    if LOW and HAS_CHOICES:
+        total = tl.where(weighing | (total > 0.0), total, 1.0)
     store_tile(out, out_m, acc / total[:, None], inside, E, BLOCK_M, E_PAD)
     tl.store(stats, sums, mask=inside)
 
@@ -190,7 +209,10 @@ def flashfuse_forward(
         D, E, D_PAD, E_PAD, BLOCK_N, HAS_MASK and not LOW, EVEN, SHIFTED or LOW, LOW, PRECISION, BRANCH, g, TMA,
     )  # fmt: skip
 
+    weighing = row < M
+    if LOW and HAS_CHOICES:
+        weighing = weigh_a_key(b, h, m, inside_m, M, N, inputs, BLOCK_M, BLOCK_N)
     finish(
-        acc, total, top, out, out_m, stats, plane, row < M, low_rows,
+        acc, total, top, out, out_m, stats, plane, row < M, low_rows, weighing,
         E, E_PAD, BLOCK_M, HAS_MASK, PLANES, EMPTY_ZERO, LOW,
     )  # fmt: skip

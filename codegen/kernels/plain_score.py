@@ -15,6 +15,7 @@ from flashfuse.codegen.kernels.maths import like
 SCALE = tl.constexpr(1.0)  # natural units in a unit of what `kept_score` returns
 FACTOR = tl.constexpr(1.4426950408889634)  # SCALE * log2(e)
 HAS_SINK = tl.constexpr(False)  # whether rows have a sink
+HAS_CHOICES = tl.constexpr(False)  # whether `weighted` puts zeros in the place of probabilities, NaN or not
 LOADS_AHEAD = tl.constexpr(False)  # whether `kept_score` loads elements at keys
 HAS_GAP = tl.constexpr(False)  # whether ranges of keys or queries can have a gap
 

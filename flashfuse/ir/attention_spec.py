@@ -32,7 +32,7 @@ from flashfuse.ir.diagonals import is_diagonal_position
 from flashfuse.ir.score_builder import Builder
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import INDICES, ScoreProgram, Statement, from_json, to_json
-from flashfuse.ir.weight import is_proportional
+from flashfuse.ir.weight import is_proportional, zero_choices
 
 FORMAT = 2
 
@@ -174,6 +174,11 @@ class AttentionSpec:
     def dense_rows(self) -> bool:
         """Whether rows can occur that blocks skipped by the predicate would get wrong (see `EmptyRows.EXACT`)."""
         return self.empty_rows is EmptyRows.EXACT and self.split.keep is not None
+
+    @cached_property
+    def has_choices(self) -> bool:
+        """Whether the weight puts zeros in the place of probabilities, and rows of NaN can occur where that shows."""
+        return self.dense_rows and self.weight is not None and bool(zero_choices(self.weight))
 
     @property
     def planes(self) -> int:

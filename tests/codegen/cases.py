@@ -25,6 +25,15 @@ SMALL: Shape = (2, 2, 2, 37, 37, 16, 16)
 LONG: Shape = (1, 2, 1, 70, 75, 16, 16)
 
 
+def padded_and_biased(g: torch.Generator) -> list[Tensor]:
+    """A row of the batch without keys, and a bias of -inf for a whole query: NaN where it has keys."""
+    padding = torch.rand(2, 37, generator=g) < 0.7
+    padding[1] = False
+    bias = torch.randn(2, 37, 37, generator=g)
+    bias[0, 3] = NEVER
+    return [padding, bias]
+
+
 def _f(value):  # type: ignore[no-untyped-def]
     return value.apply("to_float", value)
 
@@ -317,6 +326,21 @@ def _scores() -> list[Case]:
             needs=(True, True),
         )
     )
+    for name, own in (("zeros_after_a_mask", True), ("zeros_after_another_mask", False)):
+        p = Program()
+        padding = p.capture("padding", Kind.BOOL, p.b, p.n)
+        bias = p.capture("bias", Kind.FLOAT, p.h, p.m, p.n)
+        spec = p.spec(p.masked(padding, p.s * 0.25 + bias, NEVER), weight=p.masked(padding if own else p.n < 30, p.p, 0.0))
+        cases.append(
+            Case(
+                name,
+                spec,
+                lambda s, c, z, i: torch.where(c[0][:, None, None, :], s * 0.25 + c[1], NEVER),
+                padded_and_biased,
+                needs=(False, True),
+                weight=lambda p, c, i, own=own: torch.where(c[0][:, None, None, :] if own else i[3] < 30, p, 0.0),
+            )
+        )
     p = Program()
     masked_bias = p.capture("bias", Kind.FLOAT, p.m, p.n)
     cases.append(

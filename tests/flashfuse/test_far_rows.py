@@ -160,3 +160,23 @@ def test_nan_that_becomes_zero(function: Callable, fused: int):
     assert len(flashfuse.explain(function, *inputs).fused) == fused
     found = torch.compile(function, backend="flashfuse", options={"inner": "aot_eager"})(*inputs)
     torch.testing.assert_close(found, function(*inputs), atol=2e-5, rtol=1e-4)
+
+
+def test_zeros_in_the_place_of_nan():
+    """A row without keys is zero, one whose keys all have a bias of -inf is NaN (CPM-Ant), and gradients as in eager code."""
+    bias = torch.randn(2, 12, 12)
+    bias[0, 4] = float("-inf")
+
+    def biased(q, k, v, bias):
+        x = (q @ k.mT * 0.25 + bias).masked_fill(~SEEN, float("-inf"))
+        return x.softmax(-1).masked_fill(~SEEN, 0.0) @ v
+
+    inputs = [*(torch.randn(2, 12, 16) for _ in range(3)), bias]
+    assert len(flashfuse.explain(biased, *inputs).fused) == 1
+    found = gradients(torch.compile(biased, backend="flashfuse", options={"inner": "aot_eager"}), inputs)
+    expected = gradients(biased, inputs)
+    assert expected[0][0, 4].isnan().all()
+    assert not expected[0][1].isnan().any()
+    assert not expected[0][:, 1::2].any()  # these see no key
+    for mine, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, eager, atol=2e-5, rtol=1e-4, equal_nan=True)

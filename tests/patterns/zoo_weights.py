@@ -125,25 +125,40 @@ def a_bias_a_finite_mask_and_zero_after(q, k, v, bias, keep):
     return p.masked_fill(drop, 0.0) @ v
 
 
-@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+@spelling(
+    inputs=lambda: (*qkv(), _bias(), _empty()), score="(s * 0.25) + c1[0, h, m, n]", keeps="c0[b, n]", rows="exact",
+    gradients=(0, 1, 2, 3), weight="(0 if (not c0[b, n]) else p)",
+)  # fmt: skip
 def a_bias_after_a_finite_mask_and_zero_after(q, k, v, bias, keep):
     drop = ~keep[:, None, None, :]
     p = ((q @ k.mT * 0.25).masked_fill(drop, torch.finfo(torch.float32).min) + bias).softmax(-1)
     return p.masked_fill(drop, 0.0) @ v
 
 
-@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+@spelling(
+    inputs=lambda: (*qkv(), _bias(), _empty()), score="(s * 0.25) + c1[0, h, m, n]", keeps="c0[b, n]", rows="exact",
+    gradients=(0, 1, 2, 3), weight="(0 if c2[b, 0, 0, n] else p)",
+)  # fmt: skip
 def a_bias_a_finite_mask_and_another_zero_after(q, k, v, bias, keep):
     drop = ~keep[:, None, None, :]
     p = (q @ k.mT * 0.25 + bias).masked_fill(drop, torch.finfo(torch.float32).min).softmax(-1)
     return p.masked_fill(drop.flip(-1), 0.0) @ v
 
 
-@near_miss("FF401", "a_bias_a_finite_mask_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+@spelling(
+    inputs=lambda: (*qkv(), _bias(), _empty()), score="(s * 0.25) + c1[0, h, m, n]", keeps="c0[b, n]", rows="exact",
+    gradients=(0, 1, 2, 3), weight="(0 if (not c0[b, n]) else p)",
+)  # fmt: skip
 def a_bias_a_mask_of_infinity_and_zero_after(q, k, v, bias, keep):
     """CPM-Ant: a bias of -inf for a whole row of kept keys would be NaN, and a row without kept keys zero."""
     drop = ~keep[:, None, None, :]
     return (q @ k.mT * 0.25 + bias).masked_fill(drop, float("-inf")).softmax(-1).masked_fill(drop, 0.0) @ v
+
+
+@near_miss("FF401", "a_bias_a_mask_of_infinity_and_zero_after", inputs=lambda: (*qkv(), _bias(), _empty()))
+def a_bias_without_a_mask_and_zero_after(q, k, v, bias, keep):
+    """Where the bias itself may be -inf for a whole row there is no mask to say which rows that can be."""
+    return (q @ k.mT * 0.25 + bias).softmax(-1).masked_fill(~keep[:, None, None, :], 0.0) @ v
 
 
 # ------------------------------------------------------------------------------------------------ factors
@@ -217,7 +232,7 @@ def gate_by_the_scores(q, k, v):
     return (scores.softmax(-1) * (scores > 0)) @ v
 
 
-@near_miss("FF401", "the_same_mask_before_and_after", inputs=lambda: (*qkv(), _empty()))
+@spelling(inputs=lambda: (*qkv(), _empty()), keeps="c0[b, n]", rows="exact", weight="(0 if (not ((n - m) <= 0)) else p)")
 def other_masks_before_and_after(q, k, v, keep):
     p = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None, :], float("-inf")).softmax(-1)
     return p.masked_fill(~_causal(), 0.0) @ v
