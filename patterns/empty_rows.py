@@ -62,15 +62,15 @@ def _with_choices(spec: AttentionSpec, frame: Frame) -> EmptyRows:
     certain the rows that the mask empties are computed whole (`AttentionSpec.has_choices`); without a mask it is refused (FF401).
     """
     choices = () if spec.weight is None else zero_choices(spec.weight)
-    if not choices or spec.empty_rows is not EmptyRows.EXACT or not may_be_nan(spec):
-        return spec.empty_rows
+    if not choices or not may_be_nan(spec):
+        return EmptyRows.EXACT
     builder = Builder()
     keep = None if spec.split.keep is None else builder.include(spec.split.keep)[spec.split.keep.result]
     values = builder.include(spec.weight)  # type: ignore[arg-type]
     kept = {c: values[c] if wanted else builder.op("not", values[c]) for c, wanted in choices}
     dropped = {c: not wanted for c, wanted in choices if keep is not None and kept[c].number == keep.number}
     if len(dropped) == len(choices) and _fills_what_it_drops(builder, spec, keep):
-        return spec.empty_rows
+        return EmptyRows.EXACT
     if not _reach_far(spec.split.kept) and vanishes(spec.weight, dropped):  # type: ignore[arg-type]
         return EmptyRows.ZERO
     if keep is not None:
@@ -90,14 +90,12 @@ def _fills_what_it_drops(builder: Builder, spec: AttentionSpec, keep: Value | No
 
 
 def may_be_nan(spec: AttentionSpec) -> bool:
-    """Whether all scores of a row can be -inf."""
-    never = float("-inf")
+    """Whether all scores of a row can be -inf, or one of them infinite."""
+    never, kept = float("-inf"), spec.split.kept
     if spec.split.keep is not None and spec.split.fill == never:
         return True
-    return any(
-        (s.op == "load" and s.kind is Kind.FLOAT) or (s.op == "const" and s.attribute == never)
-        for s in spec.split.kept.statements
-    )
+    loads = any(s.op == "load" and s.kind is Kind.FLOAT for s in kept.statements)
+    return loads or any(s.op == "const" and s.attribute == never for s in kept.statements) or _degrees(kept)[kept.result] > 1
 
 
 def _reach_far(kept: ScoreProgram) -> bool:
