@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashfuse.codegen.score_functions import bounded_vectors
 from flashfuse.ir.attention_spec import AttentionSpec
 
 ROWS = 64  # queries of one consumer
@@ -89,12 +88,11 @@ def serving() -> list[tuple[HopperTile, Dims, bool]]:
 def kind_of(spec: AttentionSpec) -> str:
     """What sets a spec apart: "dropout", or that queries see few keys near themselves, "documents" and "window"; else nothing.
 
-    A window's range has a lower end that moves with the query; so has a chunk's. Masks that read a captured vector at the
-    query count as documents; those that read one at the key alone, as padding does, say the same of all queries and cut little.
+    A window's range has a lower end that moves with the query; so has a chunk's.
     """
     if draws(spec):
         return "dropout"
-    if any(vector.op == "load" for vector in bounded_vectors(spec.certainty, "m")):
+    if spec.ranged_by_vectors:
         return "documents"
     found = spec.key_ranges
     moves = found is not None and found.program.statements[found.program.results[0]].op != "const"

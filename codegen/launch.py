@@ -268,7 +268,8 @@ class Call(Launches):
         """
         capability = _capability(self.query.device) if self.query.is_cuda else None
         itemsize = max(self.query.element_size(), self.value.element_size())
-        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), self.spec.reads_elements)
+        kind = (self.spec.reads_elements, self.spec.ranged_by_vectors)
+        plan: KernelPlan = kernel_plan(capability, itemsize, max(self.padded), *kind)
         identity = (kernel, self.spec.key, self.query.dtype, self.value.dtype, self.D, self.E, capability)
         if not results or not tuning.requested(self.spec.key):
             _settle(identity, plan, kernel, attempt, repeatable)

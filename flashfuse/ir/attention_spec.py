@@ -152,6 +152,15 @@ class AttentionSpec:
         )
 
     @cached_property
+    def ranged_by_vectors(self) -> bool:
+        """Whether captured vectors at the query bound its keys, as packed documents do: ranges are short.
+
+        Those that are read at the key alone, as padding is, say the same of all queries and cut little.
+        """
+        inputs = () if self.certainty is None else self.certainty.inputs
+        return any(bounded.letter == "m" and bounded.statement.op == "load" for bounded in inputs)
+
+    @cached_property
     def mask_alone(self) -> tuple[AttentionSpec, tuple[int, ...]] | None:
         """A spec that has this one's mask and nothing else, and the numbers of the captures that it reads, in its order.
 

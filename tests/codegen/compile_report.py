@@ -97,7 +97,7 @@ def settled(
 
     `allowed`: the bytes that a thread may spill on this device. `tma`: as if the plan's tiles all asked for descriptors.
     """
-    plan = kernel_plan(divmod(target, 10), 4 if dtype == "fp32" else 2, head_dim, spec.reads_elements)
+    plan = kernel_plan(divmod(target, 10), 4 if dtype == "fp32" else 2, head_dim, spec.reads_elements, spec.ranged_by_vectors)
     best: dict[str, object] | None = None
     plans = {"grad_diagonals": "grad_capture"}
     for tile in getattr(plan, plans.get(kernel, kernel.removesuffix("_low"))):
