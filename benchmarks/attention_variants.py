@@ -7,8 +7,8 @@ block mask's own time is reported. S = 4096, B*S = 16384 tokens, hidden width 20
 
 In the same run, on the same fresh random inputs, the output and gradients of one batch row and one
 key/value head are compared with float64: `error` is the largest ratio of a peer's error to eager's, and at
-most 2 is right (FlashAttention's rule). Times are medians of interleaved rounds of do_bench. Memory is the
-peak of forward+backward above the inputs.
+most 2 is right (FlashAttention's rule). Times are medians of interleaved rounds of do_bench,
+in which peers begin in turns. Memory is the peak of forward+backward above the inputs.
 
     python benchmarks/attention_variants.py [--head-dims 64] [--variants causal,gqa] [--peers flex,flashfuse]
     python benchmarks/attention_variants.py --small          # tiny shapes, to try the script on a CPU

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashfuse.bench_peers import Case, Shape, drop_gradients, largest_errors, make_case, peak_bytes, results_of
+from flashfuse.bench_peers import Case, Shape, drop_gradients, largest_errors, make_case, peak_bytes, results_of, turned
 from flashfuse.bench_variants import VARIANTS, Variant
 from flashfuse.codegen import hopper, kernel_choice
 
@@ -224,8 +224,8 @@ def measure(cell: GridCell, rounds: int) -> None:
     exact = in_chunks(cell, case, torch.float64)
     usual = largest_errors(in_chunks(cell, case, cell.shape.dtype), exact)
     times: dict[str, dict[str, list[float]]] = {peer: {} for peer in cell.peers}
-    for attempt in [check_peer, *[time_peer] * rounds]:
-        for peer in list(cell.peers):
+    for number, attempt in enumerate([check_peer, *[time_peer] * rounds]):
+        for peer in turned(list(cell.peers), number):
             try:
                 attempt(cell, peer, case, *((exact, usual) if attempt is check_peer else (times[peer],)))
             except Exception as error:

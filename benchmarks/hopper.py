@@ -1,8 +1,8 @@
 """The Hopper forward: against cuDNN and the portable kernel on the FlashAttention-2 paper's grid, and random launches.
 
-16384 tokens, hidden 2048, bfloat16. Each cell's times are medians of interleaved rounds; TFLOP/s by FlashAttention's
-count (half of them under a causal mask). Every output is compared with float64 on one head of the same inputs, and the
-Hopper forward's bits over repeated runs.
+16384 tokens, hidden 2048, bfloat16. Each cell's times are medians of interleaved rounds, in which peers begin in turns;
+TFLOP/s by FlashAttention's count (half of them under a causal mask). Every output is compared with float64 on one head of
+the same inputs, and the Hopper forward's bits over repeated runs.
 
     python benchmarks/hopper.py [--head-dims 64,128,256] [--lengths 2048,8192] [--rounds 3] [--out hopper]
     python benchmarks/hopper.py --soak 10000 [--seed 7]     # random shapes and programs against the portable kernel
@@ -34,7 +34,7 @@ from soak import NotServedError, soak
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 from compile_report import named_spec
 
-from flashfuse.bench_peers import Shape
+from flashfuse.bench_peers import Shape, turned
 from flashfuse.codegen import hopper, kernel_choice, launch
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, row_of
 from flashfuse.ir.attention_spec import AttentionSpec
@@ -84,9 +84,9 @@ def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dic
     first = peers["hopper"]()
     same = all(torch.equal(peers["hopper"](), first) for _ in range(20))
     times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, peer in peers.items():
-            times[name].append(do_bench(peer, warmup=10, rep=40, return_mode="median"))
+    for number in range(rounds):
+        for name in turned(list(peers), number):
+            times[name].append(do_bench(peers[name], warmup=10, rep=40, return_mode="median"))
     work = 4 * math.prod(shape) * length * (0.5 if causal else 1)
     found = {}
     for name, measured in times.items():

@@ -1,9 +1,9 @@
 """The Hopper backward against cuDNN and the portable kernels on the FlashAttention-2 paper's grid, and random launches.
 
-16384 tokens, hidden 2048, bfloat16. Each cell's times are medians of interleaved rounds; TFLOP/s by FlashAttention's
-count (five products, half of them under a causal mask). In the same run, on fresh random inputs, gradients of one head are
-compared with float64: `error` is the largest ratio of a kernel's error to that of eager code in bfloat16, and at most 2
-is right (FlashAttention's rule).
+16384 tokens, hidden 2048, bfloat16. Each cell's times are medians of interleaved rounds, in which peers begin in turns;
+TFLOP/s by FlashAttention's count (five products, half of them under a causal mask). In the same run, on fresh random
+inputs, gradients of one head are compared with float64: `error` is the largest ratio of a kernel's error to that of eager
+code in bfloat16, and at most 2 is right (FlashAttention's rule).
 
     python benchmarks/hopper_backward.py [--head-dims 64,128] [--lengths 2048,8192] [--rounds 3] [--out hopper_backward]
     python benchmarks/hopper_backward.py --soak 2000 [--seed 7]     # random shapes and programs against the portable kernels
@@ -23,6 +23,7 @@ from hopper import HIDDEN, TOKENS, captures_of, named_spec
 from measure import ResultFile
 from soak import NotServedError, soak
 
+from flashfuse.bench_peers import turned
 from flashfuse.codegen import hopper_backward, kernel_choice, launch
 from flashfuse.ir.attention_spec import AttentionSpec
 
@@ -90,9 +91,9 @@ def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dic
         errors[name] = max(float(error / most) for error, most in zip(got, allowed, strict=True))
     del exact, rounded
     times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, peer in peers.items():
-            times[name].append(do_bench(peer, warmup=10, rep=40, return_mode="median"))
+    for number in range(rounds):
+        for name in turned(list(peers), number):
+            times[name].append(do_bench(peers[name], warmup=10, rep=40, return_mode="median"))
     work = 10 * math.prod(shape) * length * (0.5 if causal else 1)
     found = {}
     for name, measured in times.items():

@@ -13,10 +13,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory prints its progress
 
@@ -26,6 +26,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from flashfuse.bench_variants import Variant
+
+T = TypeVar("T")
 
 PEERS = ("eager", "sdpa", "inductor", "flex", "flashfuse")  # from safe to risky
 SLOW_MS = 500.0  # a call on a GPU that takes longer is timed once
@@ -211,11 +213,17 @@ def prepare(
         torch.cuda.empty_cache()
 
 
+def turned(peers: Sequence[T], number: int) -> list[T]:
+    """The order of peers in a round: each begins in its turn, since the first after a pause meets a cooler, faster device."""
+    start = number % len(peers) if peers else 0
+    return [*peers[start:], *peers[:start]]
+
+
 def time_in_rounds(cells: list[Cell], case: Case, rounds: int) -> None:
     """Interleaved rounds of forward and forward+backward; a cell with calls longer than SLOW_MS on a GPU gets one round."""
     device = case.grad_out.device.type
-    for _ in range(rounds):
-        for cell in [each for each in cells if each.run is not None and not each.slow]:
+    for number in range(rounds):
+        for cell in [each for each in turned(cells, number) if each.run is not None and not each.slow]:
             try:
                 forward_ms = median_ms(partial(forward, cell, case), device, case.inputs)
                 both_ms = median_ms(partial(both, cell, case), device, case.inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashfuse import bench
+from flashfuse import bench, bench_peers
 from flashfuse.command_line import CANNOT, LEFT_ALONE, OK, main
 from flashfuse.refusal import CATALOGUE
 
@@ -167,6 +167,13 @@ def test_bench(capsys: pytest.CaptureFixture, models: str):
     assert "did you mean 'causal'" in capsys.readouterr().err
     assert main(["bench", "--model", f"{models}:good", "--peers", "eager", "--rounds", "1"]) == OK
     assert "right" in capsys.readouterr().out
+
+
+def test_every_peer_begins_rounds():
+    rounds = [bench_peers.turned(["eager", "flex", "flashfuse"], number) for number in range(4)]
+    assert [each[0] for each in rounds] == ["eager", "flex", "flashfuse", "eager"]
+    assert rounds[1] == ["flex", "flashfuse", "eager"]
+    assert bench_peers.turned([], 1) == []
 
 
 def test_a_picture_without_matplotlib_is_an_error_before_anything_is_measured(
