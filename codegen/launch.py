@@ -1,4 +1,4 @@
-"""Forward and backward of a spec on the Triton kernels: allocation, grids and strides. The only place that calls them.
+"""Forward and backward of a spec on the Triton kernels: what is allocated and launched, in which order, on which tiles.
 
 Works on CUDA tensors, and on CPU tensors in Triton's interpreter when TRITON_INTERPRET=1 was set before import.
 """
@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from flashfuse.codegen import decode, hopper, hopper_backward, kernel_choice, tuning
+from flashfuse.codegen import decode, grids, hopper, hopper_backward, kernel_choice, tuning
 from flashfuse.codegen.capture_gradients import CaptureBuffers, capture_gradients
-from flashfuse.codegen.descriptors import in_blocks
 from flashfuse.codegen.launches import Launches, interpreting
-from flashfuse.codegen.order import bytes_of_keys, bytes_of_queries, order_of
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
 from flashfuse.codegen.range_tables import Table, write_table
 from flashfuse.codegen.range_tables import block_ranges as block_ranges  # `attention_op` finds it here
 from flashfuse.codegen.replay import Recording, repeated
 from flashfuse.errors import InternalError, UnsupportedError
-from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec, EmptyRows
+from flashfuse.ir.attention_spec import MAX_HEAD_DIM, MAX_HEAD_DIM_FLOAT32, AttentionSpec
 from flashfuse.ir.cheaper import LONGEST, subtracts_positions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -96,9 +94,9 @@ def _run_forward(call: Call, layout: str) -> tuple[Tensor, Tensor]:
         decode.run(call, split, target, stats)
     else:
         if not (hopper.takes(call) and hopper.forward(call, target, stats)):
-            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=False), (target, stats))
+            call.launch("forward", lambda tile: grids.forward(call, tile, target, stats, low=False), (target, stats))
         if call.low_rows:
-            call.launch("forward", lambda tile: _forward(call, tile, target, stats, low=True))
+            call.launch("forward", lambda tile: grids.forward(call, tile, target, stats, low=True))
     if target is not out:
         call.cannot_repeat()
         out.copy_(target)
@@ -161,20 +159,20 @@ def _run_backward(call: Call, out: Tensor, wanted: list[int]) -> list[Tensor]:
     call.delta = call.empty((call.B, call.H, call.M), torch.float32)
     call.launch(
         "grad_query",  # first: it makes delta
-        lambda tile: _grad_query(call, tile, grad_query, gradients, low=False),
+        lambda tile: grids.grad_query(call, tile, grad_query, gradients, low=False),
         (grad_query, call.delta, *_there(rows)),
     )
     call.launch(
         "grad_key_value",
-        lambda tile: _grad_key_value(call, tile, grad_key, grad_value, columns),
+        lambda tile: grids.grad_key_value(call, tile, grad_key, grad_value, columns),
         (grad_key, grad_value, *_there(columns)),
     )
     if call.low_rows:
         _low_rows(call, grad_query, grad_key, grad_value, gradients)
     for capture, grad in gradients.tiles():
-        call.launch("grad_capture", lambda tile, c=capture, g=grad: _grad_capture(call, tile, c, g))  # type: ignore[misc]
+        call.launch("grad_capture", lambda tile, c=capture, g=grad: grids.grad_capture(call, tile, c, g))  # type: ignore[misc]
     for capture in gradients.diagonals():
-        call.launch("grad_capture", lambda tile, c=capture: _grad_diagonals(call, tile, c, gradients))  # type: ignore[misc]
+        call.launch("grad_capture", lambda tile, c=capture: grids.grad_diagonals(call, tile, c, gradients))  # type: ignore[misc]
     return [grad_query, grad_key, grad_value, *gradients.finished()]
 
 
@@ -182,10 +180,10 @@ def _low_rows(call: Call, grad_query: Tensor, grad_key: Tensor, grad_value: Tens
     """Add what rows that lie low give, of which `call.flags` tells, to gradients that lack it."""
     call.launch(
         "grad_key_value",
-        lambda tile: _add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
+        lambda tile: grids.add_low_queries(call, tile, grad_key, grad_value, gradients.column_partial),
         repeatable=False,
     )
-    call.launch("grad_query", lambda tile: _grad_query(call, tile, grad_query, gradients, low=True))
+    call.launch("grad_query", lambda tile: grids.grad_query(call, tile, grad_query, gradients, low=True))
 
 
 class Call(Launches):
@@ -346,110 +344,3 @@ def _precision(query: Tensor) -> str:
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee" if interpreting() else "bf16x6"
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _forward(call: Call, tile: Tile, out: Tensor, stats: Tensor, *, low: bool) -> Any:
-    table = call.no_table if low else call.table
-    order = order_of(call, call.H, bytes_of_keys(call))
-    (key, value), tma = _keys(call, tile, low)
-    return call.start(
-        "flashfuse_forward", _blocks(call.M, tile.block_m) * call.B * call.H,
-        call.query, key, value, out, stats, table.tensor, call.inputs,
-        *call.strides(call.query, call.key, call.value, out), *table.strides, *call.shape, call.plane, order.section,
-        TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SWAPPED=order.swapped,
-        EMPTY_ZERO=call.spec.empty_rows is EmptyRows.ZERO,
-        **call.constants, BRANCH=tile.branch, TMA=tma, **_options(tile),
-    )  # fmt: skip
-
-
-def _keys(call: Call, tile: Tile, low: bool) -> tuple[Sequence[Any], bool]:
-    """Key and value for the loop of a kernel that owns queries, and whether these are descriptors; never for `low` rows."""
-    if low:
-        return (call.key, call.value), False
-    return in_blocks(call, tile, tile.block_n, (call.key, call.value), call.padded)
-
-
-def _grad_query(call: Call, tile: Tile, grad: Tensor, gradients: CaptureBuffers, *, low: bool) -> Any:
-    partial = gradients.row_partial
-    table = call.no_table if low else call.table
-    blocks = _blocks(call.M, tile.block_m)
-    if not low:
-        call.flags = call.empty((call.B, call.H, blocks), torch.int32) if call.low_rows else call.delta
-    order = order_of(call, call.H, bytes_of_keys(call))
-    (key, value), tma = _keys(call, tile, low)
-    return call.start(
-        "flashfuse_grad_query", blocks * call.B * call.H,
-        call.query, key, value, call.out, call.grad_out, call.stats, call.delta, call.flags, table.tensor, grad,
-        call.delta if partial is None else partial, call.delta if call.grad_stats is None else call.grad_stats, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.out, call.grad_out, grad), *table.strides, *call.shape, call.plane,
-        order.section, TABLE_ROWS=table.rows, EVEN=call.N % tile.block_n == 0, LOW=low, SUMS=partial is not None,
-        EXACT_DELTA=not low and gradients.summed, GRAD_STATS=call.grad_stats is not None, SWAPPED=order.swapped,
-        **call.constants, BRANCH=tile.branch, TMA=tma, **_options(tile),
-    )  # fmt: skip
-
-
-def _grad_key_value(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
-    """The compiled kernel; of two, the one that spills more."""
-    table = call.table
-    order = order_of(call, call.G, bytes_of_queries(call))
-    (query, grad_out), tma = in_blocks(call, tile, tile.block_m, (call.query, call.grad_out), call.padded)
-    compiled = [
-        call.start(
-            "flashfuse_grad_key_value", _blocks(call.N, tile.block_n) * call.B * call.G,
-            query, call.key, call.value, grad_out, call.stats, call.delta, table.tensor,
-            grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
-            *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value), *table.strides,
-            *call.shape, call.plane, call.B * call.H * call.N, order.section,
-            TABLE_ROWS=table.rows, EVEN=call.M % tile.block_m == 0, SUMS=partial is not None, SWAPPED=order.swapped,
-            **call.constants, BRANCH=tile.branch, KEY="k" in wanted, VALUE="v" in wanted, TMA=tma, **_options(tile),
-        )
-        for wanted in (("k", "v") if tile.split else ("kv",))
-    ]  # fmt: skip
-    return max(compiled, key=tuning.spills)
-
-
-def _add_low_queries(call: Call, tile: Tile, grad_key: Tensor, grad_value: Tensor, partial: Tensor | None) -> Any:
-    constants = {name: value for name, value in call.constants.items() if name not in ("HAS_MASK", "PLANES", "SHIFTED")}
-    return call.start(
-        "flashfuse_add_low_queries", _blocks(call.N, tile.block_n) * call.B * call.G,
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, call.flags,
-        grad_key, grad_value, call.delta if partial is None else partial, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.grad_out, grad_key, grad_value),
-        *call.shape, call.plane, call.B * call.H * call.N, call.flags.shape[-1],
-        SUMS=partial is not None, **constants, **_options(tile),
-    )  # fmt: skip
-
-
-def _grad_capture(call: Call, tile: Tile, capture: int, grad: Tensor) -> Any:
-    """`grad` is `[B or 1, H or 1, M, N]`."""
-    kept_b, kept_h = grad.shape[0], grad.shape[1]
-    tiles = _blocks(call.M, tile.block_m) * _blocks(call.N, tile.block_n)
-    return call.start(
-        "flashfuse_grad_capture", tiles * kept_b * kept_h,
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, grad, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.grad_out), *grad.stride(), *call.shape, call.plane,
-        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture,
-        EVEN=call.M % tile.block_m == 0 and call.N % tile.block_n == 0, **call.constants, **_options(tile),
-    )  # fmt: skip
-
-
-def _grad_diagonals(call: Call, tile: Tile, capture: int, gradients: CaptureBuffers) -> Any:
-    block = min(tile.block_m, tile.block_n)
-    strips = gradients.strips(capture, block)
-    kept_b, kept_h, count = strips.shape[:3]
-    return call.start(
-        "flashfuse_grad_diagonals", count * kept_b * kept_h,
-        call.query, call.key, call.value, call.grad_out, call.stats, call.delta, strips, call.inputs,
-        *call.strides(call.query, call.key, call.value, call.grad_out), *call.shape, call.plane,
-        kept_h, call.B // kept_b, call.H // kept_h, CAPTURE=capture, BLOCK=block,
-        EVEN=call.M % block == 0 and call.N % block == 0, **call.constants,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip

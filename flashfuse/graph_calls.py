@@ -18,6 +18,7 @@ from flashfuse.patterns.axes import same_size
 from flashfuse.patterns.calls import is_tensor, value_of
 from flashfuse.patterns.captured import Captured, Diagonals
 from flashfuse.patterns.operands import View
+from flashfuse.patterns.output_layout import order_in_memory
 from flashfuse.refusal import Refused
 
 if TYPE_CHECKING:
@@ -194,7 +195,13 @@ class GraphCalls:
             other = self.value(factor.node)
             other = self.view(other, factor.view, copy=True, shape=tuple(value_of(factor.node).shape))
             result = self.call({"mul": torch.mul, "div": torch.div}[factor.name], result, other)
-        return self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
+        result = self.view(result, match.out_view, copy=True, shape=[match.dims[letter] for letter in "BHME"])
+        return result if match.out_order is None else self.lying(result, match.out_order)
+
+    def lying(self, tensor: fx.Node, order: tuple[int, ...]) -> fx.Node:
+        """A tensor, copied if its dimensions do not lie in memory in this order."""
+        lying = self.method("contiguous", self.method("permute", tensor, order))
+        return self.method("permute", lying, [order.index(dim) for dim in range(len(order))])
 
     def statistic(self, match: Match, both: fx.Node) -> fx.Node:
         """The rows' logsumexp in its own layout: a tensor of its own, since the user may write into it."""
@@ -204,6 +211,9 @@ class GraphCalls:
         shifted = match.spec.planes == 2
         whole = self.call(torch.add, sums, self.method("select", stats, 0, 1)) if shifted else self.method("clone", sums)
         shown = self.view(whole, match.statistic.view, copy=True, shape=[match.dims[letter] for letter in "BHM"])
+        order = order_in_memory(match.statistic.node)
+        if [*match.statistic.view.order, *order] != sorted(match.statistic.view.order) + sorted(order):
+            shown = self.lying(shown, order)
         wanted = value_of(match.statistic.node).dtype
         return shown if wanted is torch.float32 else self.method("to", shown, wanted)
 

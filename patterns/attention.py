@@ -17,14 +17,15 @@ from flashfuse.ir.score_builder import Value
 from flashfuse.ir.score_ops import Kind
 from flashfuse.ir.score_program import ScoreProgram
 from flashfuse.patterns import axes
-from flashfuse.patterns.axes import Axis, Index, refined
-from flashfuse.patterns.calls import shape, value_of
+from flashfuse.patterns.axes import Index, refined
+from flashfuse.patterns.calls import value_of
 from flashfuse.patterns.captured import Diagonals
 from flashfuse.patterns.empty_rows import empty_rows
 from flashfuse.patterns.exponential import logarithm
 from flashfuse.patterns.frame import Frame, read_frame
 from flashfuse.patterns.gradient_flow import GradientFlow
 from flashfuse.patterns.operands import View, canonical_view
+from flashfuse.patterns.output_layout import out_layout
 from flashfuse.patterns.positions import Positions
 from flashfuse.patterns.roles import Roles, check_layouts, solve_roles
 from flashfuse.patterns.row_statistics import Statistic, find_statistic
@@ -73,7 +74,8 @@ class Match:
 
     `anchor` holds the probabilities and `product` the raw scores, in the original code.
 
-    `out_view` leads from the op's [B, H, M, E] result to the output's own layout.
+    `out_view` leads from the op's [B, H, M, E] result, in memory in the order of `layout`, to the output's own dimensions;
+    `out_order`: the order in memory in which they are to be copied, if no layout of the op is eager's.
 
     `edges`: the sums between the softmax and the product. Then the output is the sum of several attentions, `terms`, of which
     this is one: its own result times `scale` and `factors`.
@@ -92,6 +94,7 @@ class Match:
     sizes: tuple[Any, ...]
     out_view: View
     layout: str
+    out_order: tuple[int, ...] | None = None
     dims: dict[str, Any] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
     factors: tuple[OutputFactor, ...] = ()
@@ -258,12 +261,12 @@ def assemble(
                        out_dtype if roles.value.dtype != out_dtype else None, copies["value"]),
     }  # fmt: skip
     value_dim = tuple(a for a in roles.value.axes() if a not in (*roles.batch, *roles.kv_heads, *refined(frame.keys)))
-    layout, out_view = out_layout(frame, roles, value_dim)
+    layout, out_view, out_order = out_layout(frame, roles, value_dim)
     anchor = frame.output if frame.softmax is None else frame.softmax.anchor
     return Match(
         anchor, frame.product, frame.output, spec, inputs["query"], inputs["key"], inputs["value"],
         tuple(Input(c.node, c.view, seed=c.seed, diagonals=c.diagonals) for c in lifter.captures),
-        tuple(lifter.sizes), out_view, layout,
+        tuple(lifter.sizes), out_view, layout, out_order,
         dims=_dims(views["query"], views["key"], views["value"], more_query), edges=frame.edges,
         factors=tuple(OutputFactor(f.name, f.tensor, lifter.positions.canonical(f.index)[0]) for f in frame.factors),
     )  # fmt: skip
@@ -286,39 +289,6 @@ def _dims(query: View, key: View, value: View, more: tuple[Input, ...]) -> dict[
     d = d + sum(side.view.merge[3] for side in more if side.view is not None)
     _b, g, n, e = (*key.merge[:3], value.merge[3])
     return {"B": b, "H": h, "G": g, "M": m, "N": n, "D": d, "E": e}
-
-
-def out_layout(frame: Frame, roles: Roles, value_dim: tuple[Axis, ...]) -> tuple[str, View]:
-    """In which order the op should lay out its result, and the view from there to the output's own dimensions."""
-    canonical = (*roles.batch, *roles.heads, *roles.queries, *value_dim)
-    own = [axis for dim in frame.out_index for axis in refined(dim)]  # type: ignore[arg-type]
-    if set(own) != set(canonical):
-        raise Refused("FF204", frame.output, "the output lacks an axis of the scores")
-    view = View(
-        split=tuple(axis.size for axis in canonical),
-        order=tuple(canonical.index(axis) for axis in own),
-        insert=(),
-        expand=tuple(-1 for _ in own),
-        merge=shape(frame.output),
-    )
-    heads_first = not (roles.heads and roles.queries) or own.index(roles.heads[-1]) < own.index(roles.queries[0])
-    return ("bhme" if heads_first and not _is_transposed_at_once(frame.output) else "bmhe"), view
-
-
-def _is_transposed_at_once(output: fx.Node) -> bool:
-    """Whether every user swaps heads and queries and then copies: then that copy can be saved."""
-    if len(shape(output)) != 4 or not output.users:
-        return False
-    for user in output.users:
-        swaps = (user.target is aten.transpose.int and {d % 4 for d in user.args[1:3]} == {1, 2}) or (  # type: ignore[operator]
-            user.target is aten.permute.default and list(user.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
-        )
-        if not swaps or not user.users or any(u.target not in _COPIES for u in user.users):
-            return False
-    return True
-
-
-_COPIES = frozenset({aten.contiguous.default, aten.reshape.default, aten.clone.default, aten.flatten.using_ints})
 
 
 def check_capabilities(match: Match, frame: Frame, lifter: Lifter) -> None:

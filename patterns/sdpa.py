@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.derivative import index_letters
@@ -49,23 +48,8 @@ def read_sdpa(anchor: fx.Node, flow: GradientFlow, *, always: bool) -> Match:
         raise Refused("FF102", anchor, "attn_mask holds floats, which may be -inf for a whole row")
     check_gradients(spec, lifter, flow)
     match = assemble(frame, roles, views, copies, lifter, spec)
-    match.layout = _layout(anchor)
     check_capabilities(match, frame, lifter)
     return match
-
-
-def _layout(anchor: fx.Node) -> str:
-    """The order in memory of the result that PyTorch would give (it follows the query's): later views may rely on it."""
-    sizes, strides = shape(anchor), value_of(anchor).stride()
-    if len(sizes) != 4 or not axes.is_one(strides[-1]):
-        return "bhme"
-    order: list[int] = []
-    for dim in range(3):
-        place = len(order)
-        while place and not axes.is_one(sizes[dim]) and not statically_known_true(strides[order[place - 1]] >= strides[dim]):
-            place -= 1
-        order.insert(place, dim)
-    return "".join("bhm"[dim] for dim in order) + "e"
 
 
 def _frame(call: Call, flow: GradientFlow) -> Frame:

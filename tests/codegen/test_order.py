@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashfuse.codegen import launch
+from flashfuse.codegen import grids, launch
 from flashfuse.codegen.order import Order, order_of
 from flashfuse.ir.attention_spec import AttentionSpec, EmptyRows
 from flashfuse.ir.score_ops import Kind
@@ -80,7 +80,7 @@ def test_every_order_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatc
     inputs = make_inputs(case, torch.float32)
     expected = run_kernels(case, inputs)
     for chosen in (Order(2, swapped=True), Order(2)):
-        monkeypatch.setattr(launch, "order_of", lambda call, heads, size, chosen=chosen: chosen)
+        monkeypatch.setattr(grids, "order_of", lambda call, heads, size, chosen=chosen: chosen)
         found = run_kernels(case, inputs)
         assert torch.equal(found[0], expected[0])
         assert all(torch.equal(one, other) for one, other in zip(found[1], expected[1], strict=True))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from flashfuse.codegen import launch, tuning
+from flashfuse.codegen import grids, launch, tuning
 from flashfuse.codegen.plan import KernelPlan, Tile, kernel_plan, tuning_candidates
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +45,7 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     """Every spec of `causal` is to be tuned, results go to a new folder, and one tile is wrong, another too large."""
-    bench, usual, plain_forward = Bench(), kernel_plan(None, 4, 16), launch._forward
+    bench, usual, plain_forward = Bench(), kernel_plan(None, 4, 16), grids.forward
     plan = replace(usual, forward=(SLOW, FAST, WRONG, LARGE))
 
     def forward(call: launch.Call, tile: Tile, out: torch.Tensor, stats: torch.Tensor, *, low: bool) -> Any:
@@ -62,7 +62,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
         run()
         return bench.milliseconds[bench.launched[-1]]
 
-    monkeypatch.setattr(launch, "_forward", forward)
+    monkeypatch.setattr(grids, "forward", forward)
     monkeypatch.setattr(launch, "kernel_plan", lambda *facts: plan)
     monkeypatch.setattr(launch, "tuning_candidates", getattr)
     monkeypatch.setattr(launch, "_chosen", {})
