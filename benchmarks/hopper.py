@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from flex_grid import run_all
 from grid_cells import GRID, KERNELS
-from measure import ResultFile, chosen
+from measure import ResultFile, chosen, milliseconds
 from soak import NotServedError, soak
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 from compile_report import named_spec
 
-from flashfuse.bench_peers import Shape, turned
+from flashfuse.bench_peers import Shape
 from flashfuse.codegen import hopper, kernel_choice, launch
 from flashfuse.codegen.hopper_tiles import SMALL_TILES, TILES, Dims, HopperTile, row_of
 from flashfuse.ir.attention_spec import AttentionSpec
@@ -66,7 +66,6 @@ def exact(tensors: list[torch.Tensor], scale: float, causal: bool) -> torch.Tens
 def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dict[str, float]]:
     """Each peer's milliseconds, TFLOP/s and largest difference from float64."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from triton.testing import do_bench
 
     shape = (TOKENS // length, HIDDEN // head_dim, length, head_dim)
     tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -83,14 +82,9 @@ def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dic
     errors = {name: float((peer()[0, 0].double() - wanted).abs().max()) for name, peer in peers.items()}
     first = peers["hopper"]()
     same = all(torch.equal(peers["hopper"](), first) for _ in range(20))
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for number in range(rounds):
-        for name in turned(list(peers), number):
-            times[name].append(do_bench(peers[name], warmup=10, rep=40, return_mode="median"))
     work = 4 * math.prod(shape) * length * (0.5 if causal else 1)
     found = {}
-    for name, measured in times.items():
-        ms = statistics.median(measured)
+    for name, ms in milliseconds(peers, rounds).items():
         found[name] = {"ms": ms, "tflops": work / ms / 1e9, "error": errors[name], "right": errors[name] < 2e-2}
     found["hopper"]["same_bits"] = same
     return found

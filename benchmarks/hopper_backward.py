@@ -20,10 +20,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from hopper import HIDDEN, TOKENS, captures_of, named_spec
-from measure import ResultFile
+from measure import ResultFile, milliseconds
 from soak import NotServedError, soak
 
-from flashfuse.bench_peers import turned
 from flashfuse.codegen import hopper_backward, kernel_choice, launch
 from flashfuse.ir.attention_spec import AttentionSpec
 
@@ -66,7 +65,6 @@ def eager(tensors: Tensors, grad_out: torch.Tensor, causal: bool, dtype: torch.d
 def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dict[str, float]]:
     """Each peer's milliseconds, TFLOP/s and error over eager's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from triton.testing import do_bench
 
     shape = (TOKENS // length, HIDDEN // head_dim, length, head_dim)
     *tensors, grad_out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -90,14 +88,9 @@ def cell(head_dim: int, length: int, causal: bool, rounds: int) -> dict[str, dic
         got = [(grad[:1, :1].double() - right).abs().max() for grad, right in zip(peer(), exact, strict=True)]
         errors[name] = max(float(error / most) for error, most in zip(got, allowed, strict=True))
     del exact, rounded
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for number in range(rounds):
-        for name in turned(list(peers), number):
-            times[name].append(do_bench(peers[name], warmup=10, rep=40, return_mode="median"))
     work = 10 * math.prod(shape) * length * (0.5 if causal else 1)
     found = {}
-    for name, measured in times.items():
-        ms = statistics.median(measured)
+    for name, ms in milliseconds(peers, rounds).items():
         found[name] = {"ms": ms, "tflops": work / ms / 1e9, "error": errors[name], "right": errors[name] <= 2}
     return found
 

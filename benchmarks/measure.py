@@ -6,7 +6,9 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,19 @@ class ResultFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps([*self.earlier, self.run], indent=1) + "\n")
+
+
+def milliseconds(peers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Each peer's time on a GPU: the median of interleaved rounds, in which peers begin in turns."""
+    from triton.testing import do_bench
+
+    from flashfuse.bench_peers import turned
+
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for number in range(rounds):
+        for name in turned(list(peers), number):
+            times[name].append(do_bench(peers[name], warmup=10, rep=40, return_mode="median"))
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -211,8 +211,8 @@ class GraphCalls:
         shifted = match.spec.planes == 2
         whole = self.call(torch.add, sums, self.method("select", stats, 0, 1)) if shifted else self.method("clone", sums)
         shown = self.view(whole, match.statistic.view, copy=True, shape=[match.dims[letter] for letter in "BHM"])
-        order = order_in_memory(match.statistic.node)
-        if [*match.statistic.view.order, *order] != sorted(match.statistic.view.order) + sorted(order):
+        moved, order = match.statistic.view.order, order_in_memory(match.statistic.node)
+        if any(list(each) != sorted(each) for each in (moved, order)):
             shown = self.lying(shown, order)
         wanted = value_of(match.statistic.node).dtype
         return shown if wanted is torch.float32 else self.method("to", shown, wanted)

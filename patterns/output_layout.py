@@ -43,11 +43,12 @@ def out_layout(frame: Frame, roles: Roles, value_dim: tuple[Axis, ...]) -> tuple
     )
     letters = {"b": roles.batch, "h": roles.heads, "m": roles.queries, "e": value_dim}
     lying = {tuple(axis for letter in layout for axis in letters[letter]): layout for layout in reversed(_LAYOUTS)}
-    for order in (_order_of_copies(frame.output), order_in_memory(frame.output)):
+    eager = order_in_memory(frame.output)
+    for order in (_order_of_copies(frame.output), eager):
         layout = None if order is None else lying.get(tuple(axis for dim in order for axis in own[dim]))
         if layout is not None:
             return layout, view, None
-    return "bhme", view, order_in_memory(frame.output)
+    return "bhme", view, eager
 
 
 def order_in_memory(node: fx.Node) -> Order:
