@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from flashfuse.codegen import emit, load
+from flashfuse.codegen.kernels import tiles
+from flashfuse.ir.mask import LOW_SCORE
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES
@@ -36,6 +38,10 @@ def test_no_function_takes_the_name_of_another(case, hopper: bool) -> None:  # t
     names = Counter(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
     again = {name for name, times in names.items() if times > 1}
     assert again == ({"random_bits"} if hopper else set())  # which hopper_maths.py writes anew
+
+
+def test_kernels_and_specs_agree_on_which_rows_are_low() -> None:
+    assert tiles.LOW_SCORE.value == LOW_SCORE
 
 
 def test_text_defines_every_function_that_plain_attention_stands_in_for() -> None:
