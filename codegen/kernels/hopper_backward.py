@@ -105,6 +105,20 @@ def flashfuse_hopper_round(
 
 
 @gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """x in 16 bits, two elements to an instruction.
+
+    Of a plain cast whose result is wanted in float32 again Triton makes one conversion an element, and those are as slow
+    as exponentials.
+    """
+    if dtype == gl.bfloat16:
+        y = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        y = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2)
+    return y
+
+
+@gluon.jit
 def queries_of(first, b, h, M, N, inputs, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """The blocks of queries from lo on of a block of keys, how many they are, and those without a mask, [full_lo, full_hi)."""
     last = gl.minimum(first + BLOCK_N, N) - 1
@@ -246,7 +260,7 @@ def differentiate(
                     x = gl.where(inside, x, float("-inf"))
             p = gl.exp2(x * FACTOR - lse[None, :])
             if EXCHANGED:
-                p = p.to(dtype).to(gl.float32)  # as it is multiplied: half the registers until it is needed again
+                p = rounded(p, dtype).to(gl.float32)  # as it is multiplied: half the registers until it is needed again
             pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
             pv = gl.convert_layout(pv.to(dtype), for_value)
             values_grad = warpgroup_mma(pv, do, dv, is_async=True)
