@@ -25,7 +25,7 @@ def latest(name: str, peer: str, needed: set[str], *keys: str) -> dict[tuple[Any
         cells: dict[tuple[Any, ...], dict[str, Row]] = {}
         for row in run["rows"]:
             if "failed" not in row:
-                cells.setdefault(tuple(row[key] for key in keys), {})[row[peer]] = row
+                cells.setdefault(tuple(row[key] for key in keys), {})[row[peer]] = row | {"device": run["device"]}
         found |= {key: cell for key, cell in cells.items() if needed <= cell.keys()}
     return found
 
@@ -73,8 +73,10 @@ def cudnn(name: str) -> str:
         pairs = [[cells[head_dim, causal, length][kernel]["tflops"] for kernel in ("hopper", "cudnn")] for length in lengths]
         shares = [own / other for own, other in pairs]
         each = [f"{own:.0f} ({share:.2f})" for (own, _), share in zip(pairs, shares, strict=True)]
-        rows.append([f"{head_dim}, {'causal' if causal else 'full'}", *each, f"{mean(shares):.3f}"])
-    return markdown(["head dim, mask", *(f"S = {length}" for length in lengths), "geometric mean"], rows)
+        devices = {cells[head_dim, causal, length]["hopper"]["device"].split()[1] for length in lengths}
+        device = " and ".join(sorted(devices))
+        rows.append([f"{head_dim}, {'causal' if causal else 'full'}", *each, f"{mean(shares):.3f}", device])
+    return markdown(["head dim, mask", *(f"S = {length}" for length in lengths), "geometric mean", "device"], rows)
 
 
 def forms() -> str:
