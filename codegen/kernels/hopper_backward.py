@@ -244,13 +244,13 @@ def differentiate(
             stage = step % STAGES
             filled = step // STAGES & 1
             mbarrier.wait(query_full.index(stage), filled)
+            lse = lses.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
             q = queries.index(stage).reshape([BLOCK_M, D_PAD])
             scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(grad_full.index(stage), filled)
             do = grads.index(stage).reshape([BLOCK_M, E_PAD])
             products = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[scores])
-            lse = lses.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
             x = kept_score(s, b, h, m, n, inside_m, inside_n, M, N, inputs)
             if HAS_MASK or not EVEN:
                 if (begin < full_lo) | (begin >= full_hi) | (first + BLOCK_N > N):
@@ -261,11 +261,11 @@ def differentiate(
             p = gl.exp2(x * FACTOR - lse[None, :])
             if EXCHANGED:
                 p = rounded(p, dtype).to(gl.float32)  # as it is multiplied: half the registers until it is needed again
+            delta = deltas.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
             pv = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
             pv = gl.convert_layout(pv.to(dtype), for_value)
             values_grad = warpgroup_mma(pv, do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[products])
-            delta = deltas.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
             dx = p * (weight_gradient(p, dp, b, h, m, n, inside_m, inside_n, M, N, inputs) - delta[None, :])
             ds = kept_gradient(s, dx, b, h, m, n, inside_m, inside_n, M, N, inputs).to(dtype)
             shared = staged.index(step % staged.type.shape[0])

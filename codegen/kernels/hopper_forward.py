@@ -232,6 +232,24 @@ def elements_of(first, b, h, m, inside_m, column, M, N, inputs, EVEN: gl.constex
 
 
 @gluon.jit
+def in_lanes(x):
+    """A tile with its columns apart: `[rows, 8, column blocks / 8, lanes, 2]`, where only lanes lie in other threads."""
+    return x.reshape([x.shape[0], 8, x.shape[1] // 64, 4, 2])
+
+
+@gluon.jit
+def largest(x):
+    """The rows' maxima: four short chains a row, of which `gl.max(x, 1)` would make one long one."""
+    return gl.max(gl.max(gl.max(gl.max(in_lanes(x), 1), 3), 1), 1)
+
+
+@gluon.jit
+def added_up(p):
+    """The rows' sums, of each of the four lanes that hold a row: `[rows, 4]`, for `gl.sum(., 1)` once a tile is done."""
+    return gl.sum(gl.sum(gl.sum(in_lanes(p), 1), 3), 1)
+
+
+@gluon.jit
 def soften(
     s, loaded, top, total, first, full_lo, full_hi, b, h, m, inside_m, column, M, N, inputs,
     MASKED: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
@@ -252,14 +270,14 @@ def soften(
                 x = gl.where(keep(b, h, m, n, inside_m, inside_n, M, N, inputs), x, float("-inf"))
             if not EVEN:
                 x = gl.where(inside_n, x, float("-inf"))
-    higher = gl.maximum(top, gl.max(x, 1))
+    higher = gl.maximum(top, gl.convert_layout(largest(x), top.type.layout))
     finite = gl.where(higher == float("-inf"), 0.0, higher)
     if SHIFTED:
         p = gl.exp2((x - finite[:, None]) * FACTOR)
     else:
         p = gl.exp2(x * FACTOR - (finite * FACTOR)[:, None])
     shrink = gl.exp2((top - finite) * FACTOR)
-    total = total * shrink + gl.sum(p, 1)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + added_up(p)
     p = weighted(p, b, h, m, n, inside_m, inside_n, M, N, inputs)
     return p, shrink, higher, total
 
@@ -357,10 +375,12 @@ def attend(
         m = row[:, None]
         inside_m = m < M
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
-        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score_layout))
+        total = added_up(zero)
         if HAS_SINK:
             sink = sink_score(b, h, row, row < M, M, N, inputs)
-            total = gl.where(sink == float("-inf"), 0.0, 1.0)
+            own = gl.where(sink == float("-inf"), 0.0, 1.0)
+            lane = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :]
+            total = gl.where(lane == 0, gl.convert_layout(own, gl.SliceLayout(1, total.type.layout))[:, None], total)
             top = sink / SCALE
         acc = (gl.zeros([ROWS, E_PAD], gl.float32, out_layout),)
         if len(values) == 2:
@@ -412,6 +432,7 @@ def attend(
         else:
             mbarrier.arrive(query_empty.index(place), count=1)
         step = pass_over(step, after, key_full, key_empty, value_full, value_empty, STAGES)
+        total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, score_layout))
         acc = finish(acc, total, top, stats + (b * H + h).to(gl.int64) * M, plane, row, row < M, HAS_MASK, PLANES, EMPTY_ZERO)
         if STAGED:
             tma_store_wait(0)  # what the last tile stored has been read
