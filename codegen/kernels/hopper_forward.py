@@ -367,6 +367,7 @@ def attend(
         own_lo, own_count, full_lo, full_hi = keys_of(
             first, b, h, M, N, table, table_b, table_h, inputs, ROWS, BLOCK_N, TABLE_ROWS
         )
+        own_count = gl.where(first < M, own_count, 0)  # no queries are left for this consumer
         before = gl.minimum(gl.maximum((own_lo - lo) // BLOCK_N, 0), count)
         after = count - before - gl.minimum(gl.maximum((own_lo - lo) // BLOCK_N + own_count - before, 0), count - before)
         count -= before + after
