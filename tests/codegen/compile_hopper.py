@@ -106,7 +106,8 @@ def facts_of(compiled: object, seconds: float) -> dict[str, object]:
     return {
         "name": compiled.metadata.name, "shared": compiled.metadata.shared, "spilled": found.spilled,  # type: ignore[attr-defined]
         "advisories": found.advisories, "overlaps": overlapping_loops(machine_code(compiled)),
-        "loads_ahead": loads_ahead(machine_code(compiled)), "seconds": round(seconds, 1),
+        "loads_ahead": loads_ahead(machine_code(compiled)), "slow_casts": len(re.findall(r"\bF2F\.", machine_code(compiled))),
+        "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

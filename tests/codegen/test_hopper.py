@@ -52,6 +52,7 @@ def test_softmax_stands_under_a_product(tmp_path: Path) -> None:
         assert report["spilled"] <= hopper._MOST_SPILLED, report
         assert not report["advisories"], report
         assert report["overlaps"] == consumers, report
+        assert not report["slow_casts"], report
     assert reports["flashfuse_hopper_forward_bias_d64"]["loads_ahead"] >= 2
 
 

@@ -41,6 +41,7 @@ def test_compiles_without_serialised_products(tmp_path: Path) -> None:
         assert report["shared"] <= 227 * 1024, report
         assert report["spilled"] <= (0 if report["name"].endswith("d64") else 256), report
         assert not report["advisories"], report
+        assert not report["slow_casts"], report
 
 
 def test_the_module_defines_no_name_twice_but_the_replaced_one() -> None:
