@@ -239,7 +239,7 @@ def in_lanes(x):
 
 @gluon.jit
 def largest(x):
-    """The rows' maxima: four short chains a row, of which `gl.max(x, 1)` would make one long one."""
+    """The rows' maxima: two or four short chains a row, of which `gl.max(x, 1)` would make one long one."""
     return gl.max(gl.max(gl.max(gl.max(in_lanes(x), 1), 3), 1), 1)
 
 
