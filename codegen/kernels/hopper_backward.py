@@ -192,7 +192,7 @@ def differentiate(
     Order in the loop: both products that the scores' gradient needs, the probabilities under the second, the value's product
     under the scores' gradient, the key's while that gradient goes to shared memory, from where it is multiplied once more
     for the queries. A block's statistics are loaded before a product is issued: after it they would wait behind its own reads.
-    At head dim 128 both partitions exchange their halves of it, and each sums over all keys for half of the
+    At head dim 128 both partitions exchange their halves of that gradient, and each sums over all keys for half of the
     columns: of sums over its own keys a thread could not hold so many. At head dim 64 it is shared memory's bandwidth that
     bounds, and keys and values are held in registers.
     """
